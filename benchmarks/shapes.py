@@ -1,0 +1,38 @@
+"""Named workloads shared by every benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Waveforms:
+    """A padded batch of speech-like waveforms."""
+
+    batch: int
+    seconds: float
+    sample_rate: int = 16000
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.seconds:g} s"
+
+    def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Harmonics with noise, float32 (B, S), and lengths (B,): all rows full."""
+        generator = torch.Generator().manual_seed(seed)
+        samples = int(self.seconds * self.sample_rate)
+        t = torch.arange(samples) / self.sample_rate
+        f0 = 90 + 120 * torch.rand(self.batch, 1, generator=generator)
+        x = torch.zeros(self.batch, samples)
+        for k in range(1, 12):
+            x += torch.sin(2 * math.pi * f0 * k * t + k * k) / k
+        x *= 0.1 * (1 + torch.sin(2 * math.pi * 3 * t))
+        x += 0.01 * torch.randn(self.batch, samples, generator=generator)
+        return x.clamp_(-1, 1), torch.full((self.batch,), samples)
+
+
+# Streaming-sized, one utterance, and bulk extraction.
+FBANK = (Waveforms(1, 1.0), Waveforms(1, 10.0), Waveforms(64, 10.0))

@@ -1,0 +1,61 @@
+"""Timing of peers against one another: interleaved in one run, with the spread that the machine itself has."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+NOISY = 0.10  # an A/A spread above this says that the machine was too busy to tell contenders apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one contender."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The figure to quote."""
+        return statistics.median(self.seconds)
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Median and range in milliseconds, for JSON."""
+        return {
+            "median_ms": 1e3 * self.median,
+            "min_ms": 1e3 * min(self.seconds),
+            "max_ms": 1e3 * max(self.seconds),
+            "repeats": len(self.seconds),
+        }
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], *, repeats: int = 10, warm_up: int = 1
+) -> tuple[dict[str, Timing], float]:
+    """Times contenders in turn, A B C A B C ..., so that a slow spell of the machine hits all of them.
+
+    Args:
+        contenders: Calls without arguments, by name. The first one runs twice in each round.
+        repeats: Rounds, after the warm-up.
+        warm_up: Rounds that do not count.
+
+    Returns:
+        Times by name, and the A/A spread: by what fraction the medians of the first contender's two series differ. A
+        ratio between contenders means something only where it exceeds this.
+    """
+    first = next(iter(contenders))
+    order: list[tuple[str | None, Callable[[], object]]] = list(contenders.items())
+    # In the middle: next to its first run it would find its own data in the caches.
+    order.insert((len(order) + 1) // 2, (None, contenders[first]))
+    seconds: dict[str | None, list[float]] = {name: [] for name, _ in order}
+    for repeat in range(warm_up + repeats):
+        for name, call in order:
+            start = time.perf_counter()
+            call()
+            if repeat >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    timings = {name: Timing(tuple(values)) for name, values in seconds.items()}
+    again, once = timings.pop(None).median, timings[first].median
+    return {name: timings[name] for name in contenders}, abs(again - once) / once

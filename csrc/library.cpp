@@ -1,0 +1,18 @@
+// The table of every op: one line per op and one per backward. Kernels register themselves in
+// csrc/cpu and csrc/cuda, fakes and gradients in spkfast/ops; a schema repeats the signature of its
+// definition in spkfast/reference.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(spkfast, m) {
+  m.def(
+      "log_mel_fbank(Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, int frame_shift, "
+      "int fft_size, "
+      "float sample_scale, float preemphasis, bool remove_dc, float log_floor, bool mean_norm) "
+      "-> (Tensor features, Tensor frame_lengths)");
+  m.def(
+      "log_mel_fbank_backward(Tensor grad, Tensor waveforms, Tensor lengths, Tensor window, Tensor "
+      "mel, "
+      "int frame_shift, int fft_size, float sample_scale, float preemphasis, bool remove_dc, float "
+      "log_floor, "
+      "bool mean_norm) -> Tensor");
+}

@@ -1,0 +1,28 @@
+"""spkfast: fast and exact kernels, layers and tools for speaker embeddings."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from spkfast.backends import info
+from spkfast.errors import InputError
+from spkfast.frontends import FrontendSpec, frontend
+
+if TYPE_CHECKING:
+    from spkfast.inference import SpeakerEncoder
+
+__version__ = "0.1.0"
+
+__all__ = ["FrontendSpec", "InputError", "SpeakerEncoder", "__version__", "frontend", "info"]
+
+_SUBMODULES = ("data", "evaluation", "functional", "models", "nn", "reference")
+
+
+def __getattr__(name: str) -> Any:
+    # Subpackages load on first use, so that `import spkfast` and the command line start fast.
+    if name == "SpeakerEncoder":
+        return importlib.import_module("spkfast.inference").SpeakerEncoder
+    if name in _SUBMODULES:
+        return importlib.import_module(f"spkfast.{name}")
+    raise AttributeError(f"module 'spkfast' has no attribute {name!r}")

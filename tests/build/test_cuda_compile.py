@@ -1,0 +1,75 @@
+"""The CUDA sources compile, without spills, and the glue links against the stable ABI alone: no GPU needed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import checkout
+from tests.conftest import require
+
+TARGETS = ("80", "90", "100")
+_KERNEL = re.compile(
+    r"Compiling entry function '(\S+)' for '(\S+)'.*?"
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+def nvcc() -> str:
+    compiler = checkout.find_nvcc()
+    require("nvcc", compiler is not None, "no nvcc on PATH or in CUDA_HOME")
+    return str(compiler)
+
+
+def undefined_symbols(library: Path) -> list[str]:
+    output = subprocess.run(["nm", "-DuC", str(library)], capture_output=True, text=True, check=True).stdout
+    return [line.split(maxsplit=1)[1] for line in output.splitlines()]
+
+
+@pytest.mark.parametrize("path", sorted((checkout.ROOT / "kernels/cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_compiles_without_spills(path: Path, tmp_path: Path) -> None:
+    command = [
+        nvcc(),
+        "-std=c++17",
+        "-O3",
+        "-Xptxas",
+        "-v",
+        f"-I{checkout.ROOT / 'kernels/cuda'}",
+        "-Werror=all-warnings",
+    ]
+    command += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS]
+    command += ["-gencode=arch=compute_90,code=compute_90", "-c", str(path), "-o", str(tmp_path / "kernel.o")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = _KERNEL.findall(result.stdout + result.stderr)
+    names = re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)", path.read_text())
+    for target in TARGETS:
+        compiled = [kernel for kernel, built_for, *_ in found if built_for == f"sm_{target}"]
+        assert len(compiled) == len(names) and all(any(name in kernel for kernel in compiled) for name in names)
+    for kernel, target, stack, stores, loads, registers in found:
+        assert int(registers) > 0
+        assert (stack, stores, loads) == ("0", "0", "0"), f"{kernel} for {target} uses the stack or spills"
+
+
+@pytest.mark.parametrize("path", sorted((checkout.ROOT / "kernels/cuda").rglob("*.cu*")), ids=lambda path: path.name)
+def test_device_code_knows_no_torch(path: Path) -> None:
+    assert not re.search(r'#include\s*[<"](torch|ATen|c10)/', path.read_text())
+
+
+def test_cuda_library_needs_the_stable_abi_alone(tmp_path: Path) -> None:
+    nvcc()
+    require("nvcc", shutil.which("nm") is not None, "no nm on PATH")
+    library = checkout.build("_ops_cuda", tmp_path, ["80"])
+    symbols = undefined_symbols(library)
+    assert "aoti_torch_get_current_cuda_stream" in symbols
+    assert not [symbol for symbol in symbols if re.match(r"(vtable for )?(c10|at|torch|caffe2)::", symbol)]
+    dynamic = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "[libtorch_cuda.so]" in dynamic
+    assert list(tmp_path.iterdir()) == [library]
+    # Of the symbols that are ours, none may be left undefined: each op links to its launcher.
+    assert not [symbol for symbol in symbols if symbol.startswith("spkfast::")]

@@ -1,0 +1,8 @@
+"""Modules: parameters and state-dict names; the arithmetic lies in the ops."""
+
+from spkfast.nn.fbank import Fbank
+from spkfast.nn.margin_softmax import MarginSoftmaxLoss
+from spkfast.nn.pooling import AttentiveStatsPool
+from spkfast.nn.se_res2net import SERes2NetBlock
+
+__all__ = ["AttentiveStatsPool", "Fbank", "MarginSoftmaxLoss", "SERes2NetBlock"]

@@ -1,0 +1,1 @@
+"""Lists, audio reading, training crops and augmentation."""

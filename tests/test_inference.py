@@ -1,0 +1,307 @@
+"""SpeakerEncoder: audio of every kind in, the same embedding out; and what a damaged model folder says."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from spkfast import FrontendSpec, InputError, SpeakerEncoder, frontend, models
+from spkfast.inference import Threshold
+
+
+def make_encoder(seed=0, **spec):
+    torch.manual_seed(seed)
+    net = models.create(
+        "ecapa_tdnn", channels=16, mfa_channels=32, embedding_dim=24, attention_channels=8, se_channels=8, scale=4
+    )
+    return SpeakerEncoder(net, frontend("wespeaker", **spec))
+
+
+def voice(num_samples=16000, seed=0):
+    return (0.1 * np.random.default_rng(seed).normal(size=num_samples)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return make_encoder()
+
+
+@pytest.fixture
+def saved(tmp_path, encoder):
+    encoder.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write(path, samples, rate=16000, **options):
+    import soundfile
+
+    soundfile.write(path, samples, rate, **options)
+    return path
+
+
+def relative_error(got, want):
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def test_every_kind_of_audio(tmp_path, encoder):
+    samples = np.round(voice() * 32768) / 32768
+    path = write(tmp_path / "a.wav", samples)
+    want = encoder.embed(samples.astype(np.float32))
+    assert want.shape == (24,) and want.dtype == torch.float32 and want.isfinite().all()
+    pcm = (samples * 32768).astype(np.int16)
+    stereo = np.stack([samples - 0.01, samples + 0.01])
+    buffer = io.BytesIO(path.read_bytes())
+    for audio in (path, str(path), buffer, samples, torch.tensor(samples), pcm, torch.tensor(pcm), stereo, stereo.T):
+        assert relative_error(encoder.embed(audio), want) < 1e-5
+
+
+def test_follows_the_network(encoder):
+    from spkfast import functional
+
+    samples = torch.from_numpy(voice())
+    features, lengths = functional.log_mel_fbank(
+        samples[None], torch.tensor([16000]), spec=encoder.frontend, backend="reference"
+    )
+    with torch.no_grad():
+        want = encoder.model(features, lengths)[0]
+    got = encoder.embed(samples, backend="reference")
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(encoder.embed(samples, normalize=True), want / want.norm())
+    assert not encoder.model.training and not got.requires_grad
+    (got * torch.ones(24, requires_grad=True)).sum().backward()  # not an inference tensor
+
+
+def test_resamples_arrays_and_files(tmp_path, encoder):
+    time = np.arange(8000) / 8000
+    tone = (0.3 * np.sin(2 * np.pi * 440 * time) + 0.2 * np.sin(2 * np.pi * 1234 * time)).astype(np.float32)
+    path = write(tmp_path / "tone.wav", tone, 8000, subtype="FLOAT")
+    assert len(encoder.load_audio(path)) == 16000
+    np.testing.assert_array_equal(encoder.load_audio(path), encoder.load_audio(tone, 8000))
+    np.testing.assert_array_equal(encoder.load_audio(tone), tone)
+    assert not torch.equal(encoder.embed(path), encoder.embed(tone))
+
+
+def test_batch_equals_one_by_one(tmp_path, encoder):
+    lengths = [16000, 400, 23456, 801, 48000, 16001]
+    audios = [voice(n, seed) for seed, n in enumerate(lengths)]
+    alone = torch.stack([encoder.embed(audio) for audio in audios])
+    for batch_seconds in (0.01, 2.0, 60.0):  # one each, a few, all in one
+        got = encoder.embed_batch(audios, batch_seconds=batch_seconds)
+        assert relative_error(got, alone) < 1e-5
+    torch.testing.assert_close(encoder.embed_batch(audios, normalize=True).norm(dim=1), torch.ones(6))
+    mixed = [write(tmp_path / "a.wav", audios[0], subtype="FLOAT"), torch.tensor(audios[2])]
+    assert relative_error(encoder.embed_batch(mixed), alone[[0, 2]]) < 1e-5
+    assert encoder.embed_batch([]).shape == (0, 24)
+
+
+def test_batches_are_bounded():
+    from spkfast.inference import _batches
+
+    lengths = np.random.default_rng(0).integers(400, 50000, size=100).tolist()
+    batches = list(_batches(lengths, 60000))
+    assert sorted(i for batch in batches for i in batch) == list(range(100))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 60000 for batch in batches)
+    assert max(len(batch) for batch in batches) > 3
+
+
+def test_files_in_windows_keep_order_and_tell_errors(tmp_path, encoder):
+    paths = [write(tmp_path / f"{i}.wav", voice(4000 + 1000 * i, i), subtype="FLOAT") for i in range(6)]
+    (tmp_path / "3.wav").write_bytes(b"")
+    found = list(encoder.embed_files(paths, batch_seconds=0.1))  # windows of 0.8 s
+    for i, (path, row) in enumerate(zip(paths, found, strict=True)):
+        if i == 3:
+            assert isinstance(row, InputError) and "3.wav: the file is empty" in str(row)
+        else:
+            assert relative_error(row, encoder.embed(path)) < 1e-5
+
+
+def test_verify(encoder):
+    a, b = voice(seed=0), 0.5 * voice(20000, seed=1)
+    first, second = encoder.embed(a), encoder.embed(b)
+    score, same_speaker, threshold = encoder.verify(a, b)
+    assert score == pytest.approx(float(torch.nn.functional.cosine_similarity(first, second, dim=0)), abs=1e-6)
+    assert same_speaker is None and threshold is None
+    for offset, decision in ((-0.01, True), (0.01, False)):
+        strict = SpeakerEncoder(encoder.model, encoder.frontend, threshold=Threshold(score + offset, "trials.txt"))
+        assert strict.verify(a, b) == (score, decision, score + offset)
+
+
+def test_save_and_load(tmp_path, encoder):
+    from safetensors import safe_open
+
+    kept = SpeakerEncoder(encoder.model, encoder.frontend, threshold=Threshold(0.25, "trials.txt"))
+    kept.save(tmp_path / "run/model")
+    assert sorted(p.name for p in (tmp_path / "run/model").iterdir()) == ["config.yaml", "model.safetensors"]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["model"]
+    with safe_open(tmp_path / "run/model/model.safetensors", "pt") as file:
+        assert file.metadata()["frontend_hash"] == encoder.frontend.hash
+    for source in ("run", "run/model", "run/model/config.yaml", "run/model/model.safetensors"):
+        loaded = SpeakerEncoder.load(tmp_path / source, frontend=encoder.frontend, device="cpu")
+        assert loaded.threshold == (0.25, "trials.txt")
+        assert loaded.frontend == encoder.frontend
+        assert loaded.fingerprint == encoder.fingerprint
+        torch.testing.assert_close(loaded.embed(voice()), encoder.embed(voice()), rtol=0, atol=0)
+    assert make_encoder(seed=1).fingerprint != encoder.fingerprint
+
+
+def test_save_replaces_whole_folders_only(tmp_path, saved, monkeypatch):
+    other = make_encoder(seed=1)
+    other.save(saved)
+    assert SpeakerEncoder.load(saved).fingerprint == other.fingerprint
+
+    def fail(*_, **__):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(RuntimeError):
+        make_encoder(seed=2).save(saved)
+    monkeypatch.undo()
+    assert SpeakerEncoder.load(saved).fingerprint == other.fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    (saved / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds 'notes.txt', which saving would remove"):
+        other.save(saved)
+    assert (saved / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("audio", "message"),
+    [
+        (np.zeros(399, np.float32), "audio array: too short: 399 samples at 16000 Hz, one frame needs 400"),
+        (np.array([0.1, np.nan] * 400), "audio array: holds NaN or infinite samples"),
+        (np.array([1e39] * 800), "audio array: holds NaN or infinite samples"),
+        (np.zeros((2, 3, 800), np.float32), r"samples must have shape \(S,\) or \(channels, S\), got \(2, 3, 800\)"),
+        (np.zeros(800, np.uint8), "must be floating or signed integers, got uint8"),
+        ("missing.wav", "missing.wav: no such file"),
+    ],
+)
+def test_bad_audio(encoder, audio, message):
+    with pytest.raises(InputError, match=message), np.errstate(over="ignore"):
+        encoder.embed(audio)
+
+
+def test_bad_audio_in_a_batch_is_named(tmp_path, encoder):
+    short = write(tmp_path / "short.wav", voice(100))
+    with pytest.raises(InputError, match=r"short\.wav: too short"):
+        encoder.embed_batch([voice(), short])
+    with pytest.raises(InputError, match="audio 1: holds NaN"):
+        encoder.embed_batch([voice(), np.full(800, np.nan)])
+    with pytest.raises(InputError, match="batch_seconds must be positive"):
+        encoder.embed_batch([voice()], batch_seconds=0)
+    with pytest.raises(InputError, match="sample_rate must be positive"):
+        encoder.embed(voice(), -1)
+
+
+def test_embedding_that_is_not_finite_is_named(tmp_path):
+    broken = make_encoder()
+    with torch.no_grad():
+        broken.model.emb["fc"].bias[0] = torch.nan
+    path = write(tmp_path / "a.wav", voice())
+    with pytest.raises(InputError, match=r"a\.wav: the model gives no finite embedding for its 1.000 s"):
+        broken.embed(path)
+    (row,) = broken.embed_files([path])
+    assert isinstance(row, InputError) and "a.wav: the model gives no finite embedding" in str(row)
+
+
+def edit_config(folder, edit):
+    import yaml
+
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    edit(config)
+    path.write_text(yaml.safe_dump(config))
+
+
+def edit_weights(folder, edit):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    edit(metadata, tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+def change_frontend(metadata, _):
+    spec = FrontendSpec.from_dict({**json.loads(metadata["frontend"]), "window": "povey", "f_max": 7600.0})
+    metadata.update(frontend=json.dumps(spec.to_dict()), frontend_hash=spec.hash)
+
+
+DAMAGE = {
+    r"config\.yaml: format version 2, this spkfast reads version 1": lambda f: edit_config(
+        f, lambda c: c.update(format_version=2)
+    ),
+    r"model\.safetensors: format version '7', this spkfast reads": lambda f: edit_weights(
+        f, lambda m, t: m.update(format_version="7")
+    ),
+    r"front-end differs from that of model\.safetensors: window: 'hamming' here, 'povey' there; f_max: 0\.0 here, "
+    r"7600\.0 there": lambda f: edit_weights(f, change_frontend),
+    r"config\.yaml: front-end: unknown front-end field 'windw' \(did you mean 'window'\?\)": lambda f: edit_config(
+        f, lambda c: c["frontend"].update(windw="hann")
+    ),
+    r"config\.yaml: frontend_hash is 0, its fields give": lambda f: edit_config(
+        f, lambda c: c.update(frontend_hash="0")
+    ),
+    r"config\.yaml: unknown model 'ecapa'": lambda f: edit_config(f, lambda c: c["model"].update(name="ecapa")),
+    r"config\.yaml: unknown option 'chanels' of model ecapa_tdnn": lambda f: edit_config(
+        f, lambda c: c["model"]["config"].update(chanels=3)
+    ),
+    r"config\.yaml: damaged: model\.name is None": lambda f: edit_config(f, lambda c: c["model"].pop("name")),
+    r"config\.yaml: damaged: holds no 'frontend'": lambda f: edit_config(f, lambda c: c.pop("frontend")),
+    r"config\.yaml: damaged: threshold\.list is None": lambda f: edit_config(
+        f, lambda c: c.update(threshold={"value": 0.5})
+    ),
+    r"config\.yaml: not the config of a model": lambda f: (f / "config.yaml").write_text("steps: 3"),
+    r"config\.yaml: damaged: ": lambda f: (f / "config.yaml").write_text("a: [1"),
+    r"tensor 'emb.fc.bias' has shape none, the model of config\.yaml has \(24,\)": lambda f: edit_weights(
+        f, lambda m, t: t.pop("emb.fc.bias")
+    ),
+    r"tensor 'emb.fc.bias' has shape \(24,\), the model of config\.yaml has \(12,\)|tensor 'emb.fc.weight'": lambda f: (
+        edit_config(f, lambda c: c["model"]["config"].update(embedding_dim=12))
+    ),
+    r"model\.safetensors: damaged: ": lambda f: (f / "model.safetensors").write_bytes(
+        (f / "model.safetensors").read_bytes()[:-100]
+    ),
+    r"model\.safetensors: no such file, but config\.yaml is there": lambda f: (f / "model.safetensors").unlink(),
+    r"config\.yaml: no such file, but model\.safetensors is there": lambda f: (f / "config.yaml").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damaged_model(saved, message):
+    DAMAGE[message](saved)
+    with pytest.raises(InputError, match=message) as caught:
+        SpeakerEncoder.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_unsuitable_source(tmp_path, saved):
+    with pytest.raises(InputError, match="no such model"):
+        SpeakerEncoder.load(tmp_path / "none")
+    with pytest.raises(InputError, match="not a model folder"):
+        SpeakerEncoder.load(tmp_path.parent)
+    (tmp_path / "avg_model.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"avg_model\.pt: not a model of spkfast"):
+        SpeakerEncoder.load(tmp_path / "avg_model.pt")
+    with pytest.raises(InputError, match="precision must be 'fp32'"):
+        SpeakerEncoder.load(saved, precision="bf16")
+    with pytest.raises(InputError, match="device must be"):
+        SpeakerEncoder.load(saved, device="tpu9000")
+    with pytest.raises(InputError, match="differs from that of the caller: window: 'hamming' here, 'povey' there"):
+        SpeakerEncoder.load(saved, frontend=frontend("wespeaker", window="povey"))
+    with pytest.raises(InputError, match="takes 80 values per frame, the front-end gives 40"):
+        make_encoder(n_mels=40)
+
+
+def test_network_of_ones_own(tmp_path):
+    class Mean(torch.nn.Module):
+        def forward(self, features, lengths):
+            return features.sum(dim=1) / lengths[:, None]
+
+    encoder = SpeakerEncoder(Mean(), frontend("kaldi"))
+    assert encoder.embed(voice()).shape == (80,)
+    with pytest.raises(InputError, match=r"only networks of spkfast\.models can be saved"):
+        encoder.save(tmp_path / "model")

@@ -1,0 +1,164 @@
+"""Everything that a training run depends on, as typed dataclasses that a YAML file fills in."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The network.
+
+    Args:
+        name: One of ``spkfast.models.list()``.
+        options: Keywords of that network.
+    """
+
+    name: str = "ecapa_tdnn"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class FrontendConfig:
+    """The front-end.
+
+    Args:
+        preset: Toolkit whose settings are taken.
+        options: Fields of FrontendSpec that differ from the preset.
+    """
+
+    preset: str = "wespeaker"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Training data.
+
+    Args:
+        train_list: File with lines ``speaker path``.
+        root: Folder that those paths start from; the list's own folder where left out.
+        crop_seconds: Length of a training crop.
+        balanced: Draw speakers uniformly instead of utterances.
+        speeds: Speed factors; each one makes new speakers.
+        noise: Folder of noise recordings.
+        rir: Folder of room impulse responses.
+        augment_probability: Chance that a crop gets noise or a room response.
+        noise_snr_db: Lowest and highest signal-to-noise ratio in decibels.
+        workers: Processes that read crops; 0 reads in the training process.
+        strict: End the run at the first file that cannot be read, instead of passing over it.
+    """
+
+    train_list: str = ""
+    root: str | None = None
+    crop_seconds: float = 2.0
+    balanced: bool = False
+    speeds: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    noise: str | None = None
+    rir: str | None = None
+    augment_probability: float = 0.6
+    noise_snr_db: tuple[float, float] = (0.0, 15.0)
+    workers: int = 1
+    strict: bool = False
+
+
+@dataclasses.dataclass
+class LossConfig:
+    """Additive angular margin softmax, its margin grown between two points of the run.
+
+    Args:
+        margin: Final margin in radians.
+        scale: Multiplier on the cosines.
+        easy_margin: Apply the margin only where the target cosine is positive.
+        fallback: Penalty past ``pi - margin``.
+        margin_start: Fraction of the run after which the margin starts to grow from 0.
+        margin_end: Fraction of the run from which the final margin holds.
+    """
+
+    margin: float = 0.2
+    scale: float = 32.0
+    easy_margin: bool = False
+    fallback: Literal["linear", "continuous"] = "continuous"
+    margin_start: float = 0.0
+    margin_end: float = 0.3
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """Optimiser and learning-rate schedule: linear warm-up, then cosine decay.
+
+    Args:
+        name: ``sgd`` (Nesterov momentum) or ``adamw``.
+        lr: Highest learning rate.
+        final_lr: Learning rate at the end of the run.
+        warmup_steps: Steps of linear warm-up from 0.
+        momentum: Momentum of ``sgd``.
+        weight_decay: Weight decay of all parameters with two or more axes.
+        clip_grad_norm: Upper bound on the norm of the gradient; 0 switches clipping off.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    final_lr: float = 1e-4
+    warmup_steps: int = 100
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    clip_grad_norm: float = 5.0
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """A training run.
+
+    Args:
+        out: Folder for checkpoints, logs and, at the end, ``model/``.
+        model: The network.
+        frontend: The front-end.
+        data: Training data.
+        loss: Training objective.
+        optimizer: Optimiser and schedule.
+        steps: Training steps.
+        batch_size: Crops per step and process.
+        precision: ``fp32``, or ``bf16`` for automatic mixed precision of the network.
+        seed: Seed of everything random.
+        checkpoint_minutes: Minutes between checkpoints; one is always written at the end.
+        keep_checkpoints: Checkpoints kept, the newest ones.
+        log_steps: Steps between entries of the log.
+        resume: Go on from the newest checkpoint in ``out``; without it such a folder is refused.
+    """
+
+    out: str = "exp/run"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    frontend: FrontendConfig = dataclasses.field(default_factory=FrontendConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    steps: int = 10000
+    batch_size: int = 64
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 2
+    log_steps: int = 20
+    resume: bool = False
+
+
+# Fields that may differ between a run and its resumption, because no number depends on them.
+FREE_ON_RESUME = frozenset(
+    {"out", "checkpoint_minutes", "keep_checkpoints", "resume", "data.root", "data.train_list", "data.noise",
+     "data.rir", "data.workers", "data.strict"}
+)  # fmt: skip
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of all leaves of a nested dataclass and their values."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = prefix + field.name
+        if dataclasses.is_dataclass(value):
+            out.update(flatten(value, name + "."))
+        else:
+            out[name] = list(value) if isinstance(value, tuple) else value
+    return out

@@ -1,0 +1,257 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from spkfast import functional, models
+from spkfast.data.augment import Augment
+from spkfast.data.crops import Crop, CropDataset, StepSampler
+from spkfast.data.lists import read_train_list
+from spkfast.errors import InputError
+from spkfast.frontends import FrontendSpec, frontend
+from spkfast.nn.margin_softmax import MarginSoftmaxLoss, MarginStats
+from spkfast.training import checkpoint, schedule
+from spkfast.training.config import FREE_ON_RESUME, OptimizerConfig, TrainConfig, flatten
+
+if TYPE_CHECKING:
+    from spkfast.inference import SpeakerEncoder
+
+
+class Progress(NamedTuple):
+    """What the loop reports after each step."""
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    crops_per_second: float
+
+
+class SpeakerTask(nn.Module):
+    """Network and head as one module, so that mixed precision and data parallelism wrap both."""
+
+    def __init__(self, net: nn.Module, head: MarginSoftmaxLoss) -> None:
+        super().__init__()
+        self.net = net
+        self.head = head
+
+    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, MarginStats]:
+        """Features (B, T, M) and labels (B,) to loss and statistics."""
+        return self.head(self.net(features), target)
+
+
+class Trainer:
+    """A training run; one that was cut off goes on, with ``resume``, to the same weights.
+
+    Iterating over :meth:`run` trains. Afterwards the encoder is in ``encoder`` and saved in ``out/model``.
+
+    Args:
+        config: The run.
+        warn: Called with one line for each file that could not be read.
+
+    Attributes:
+        first_step: Steps that were already done.
+        bad_files: What was wrong with each file passed over.
+
+    Raises:
+        InputError: If the config, a list or a checkpoint cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig, warn: Callable[[str], None] = lambda message: None) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        _check(config)
+        self.config, self._warn = config, warn
+        self.folder = Path(config.out)
+        found = checkpoint.checkpoints(self.folder / "checkpoints")
+        if found and not config.resume:
+            raise InputError(
+                f"{self.folder}: holds checkpoints of an earlier run; resume it with --resume or choose another --out"
+            )
+        self._spec = frontend(config.frontend.preset, **config.frontend.options)
+        self.dataset = _dataset(config, self._spec)
+        self._accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            log_with="tensorboard",
+            project_dir=str(self.folder),
+        )
+        set_seed(config.seed)
+        net = models.create(config.model.name, **{"feature_dim": self._spec.output_size, **config.model.options})
+        loss = config.loss
+        head = MarginSoftmaxLoss(
+            net.embedding_dim, self.dataset.num_classes, loss.margin, loss.scale, loss.easy_margin, loss.fallback
+        )
+        self._task = SpeakerTask(net, head)
+        self._wrapped, self._optimizer = self._accelerator.prepare(self._task, _optimizer(self._task, config.optimizer))
+        self._settings = {**flatten(config), "number of classes": self.dataset.num_classes}
+        self.first_step = checkpoint.load(found[-1], self._settings, FREE_ON_RESUME, self._accelerator) if found else 0
+        self.bad_files: list[str] = []
+        self.encoder: SpeakerEncoder | None = None
+
+    def run(self) -> Iterator[Progress]:
+        """Trains, one item after each step.
+
+        Raises:
+            InputError: If the loss is not finite, or a file cannot be read under ``data.strict``.
+        """
+        config, accelerator = self.config, self._accelerator
+        accelerator.init_trackers("tensorboard")
+        log = _Log(self.folder / "log.jsonl", self.first_step)
+        self._wrapped.train()
+        started = saved = time.monotonic()
+        for step, (waveforms, target, errors) in enumerate(self._loader(), start=self.first_step):
+            self._tell(errors, fatal=config.data.strict or bool(target.min() < 0))
+            entry = self._step(step, waveforms, target)
+            done = step + 1
+            if not math.isfinite(entry["loss"]):
+                raise InputError(
+                    f"{self.folder}: the loss became {entry['loss']} at step {done}; "
+                    "lower optimizer.lr or optimizer.clip_grad_norm"
+                )
+            crops = (done - self.first_step) * config.batch_size * accelerator.num_processes
+            entry["crops_per_second"] = crops / (time.monotonic() - started)
+            if done % config.log_steps == 0 or done == config.steps:
+                accelerator.log(entry, step=done)
+                if accelerator.is_main_process:
+                    log.write(done, entry)
+            if done == config.steps or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+                folder = self.folder / "checkpoints"
+                checkpoint.save(folder, done, self._settings, config.keep_checkpoints, accelerator)
+                saved = time.monotonic()
+            yield Progress(done, config.steps, entry["loss"], entry["accuracy"], entry["crops_per_second"])
+        accelerator.end_training()
+        self._finish()
+
+    def _step(self, step: int, waveforms: Tensor, target: Tensor) -> dict[str, float]:
+        config, accelerator = self.config, self._accelerator
+        rate = schedule.learning_rate(step, config.steps, config.optimizer)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._task.head.margin = schedule.margin(step, config.steps, config.loss)
+        with torch.no_grad():
+            features, _ = functional.log_mel_fbank(waveforms.to(accelerator.device), spec=self._spec, validate=False)
+        loss, stats = self._wrapped(features, target.to(accelerator.device))
+        accelerator.backward(loss)
+        limit = config.optimizer.clip_grad_norm or math.inf
+        norm = accelerator.clip_grad_norm_(self._task.parameters(), limit)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return {
+            "loss": float(loss.detach()), "accuracy": float(stats.accuracy),
+            "target_cosine": float(stats.target_cosine), "grad_norm": float(norm), "lr": rate,
+            "margin": self._task.head.margin,
+        }  # fmt: skip
+
+    def _loader(self) -> DataLoader[Crop]:
+        config, accelerator, dataset = self.config, self._accelerator, self.dataset
+        sampler = StepSampler(
+            dataset.labels, config.batch_size, self.first_step, config.steps, config.seed,
+            rank=accelerator.process_index, world_size=accelerator.num_processes, balanced=config.data.balanced,
+        )  # fmt: skip
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=config.data.workers,
+            collate_fn=_collate,
+            worker_init_fn=_single_thread,
+            prefetch_factor=4 if config.data.workers else None,
+        )
+
+    def _tell(self, errors: list[str], fatal: bool) -> None:
+        for error in errors:
+            if fatal:
+                raise InputError(error)
+            if error not in self.bad_files:
+                self.bad_files.append(error)
+                self._warn(error)
+
+    def _finish(self) -> None:
+        from spkfast.inference import SpeakerEncoder
+
+        self.encoder = SpeakerEncoder(self._task.net.eval(), self._spec)
+        if self._accelerator.is_main_process:
+            self.encoder.save(self.folder / "model")
+        self._accelerator.wait_for_everyone()
+
+
+class _Log:
+    """Lines of JSON, one an entry; entries past the step that a run resumes from are dropped."""
+
+    def __init__(self, path: Path, first: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first] if path.exists() else []
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, entry: dict[str, float]) -> None:
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"step": step, **entry}) + "\n")
+
+
+def read_log(folder: str | Path) -> list[dict[str, float]]:
+    """Entries of a run's log, oldest first."""
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):  # a line that was being written when the run was killed
+        return 2**62
+
+
+def _check(config: TrainConfig) -> None:
+    if not config.data.train_list:
+        raise InputError("data.train_list is not set: give --data.train_list FILE")
+    for name in ("steps", "batch_size", "log_steps"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.data.crop_seconds <= 0:
+        raise InputError(f"data.crop_seconds must be positive, got {config.data.crop_seconds}")
+    if not config.data.speeds or min(config.data.speeds) <= 0:
+        raise InputError(f"data.speeds must be positive factors, got {config.data.speeds}")
+
+
+def _dataset(config: TrainConfig, spec: FrontendSpec) -> CropDataset:
+    data = config.data
+    augment = Augment(data.noise, data.rir, data.augment_probability, data.noise_snr_db, spec.sample_rate)
+    return CropDataset(
+        read_train_list(data.train_list),
+        data.root or Path(data.train_list).parent,
+        sample_rate=spec.sample_rate,
+        crop_seconds=data.crop_seconds,
+        speeds=data.speeds,
+        augment=augment,
+    )
+
+
+def _optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in task.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in task.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, list[str]]:
+    waveforms = torch.from_numpy(np.stack([crop.samples for crop in crops]))
+    labels = torch.tensor([crop.label for crop in crops])
+    return waveforms, labels, [error for crop in crops for error in crop.errors]
+
+
+def _single_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,167 @@
+"""Training from the command line: resuming after a kill, bad files, bad configs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from spkfast.cli.main import main
+from spkfast.data.lists import read_train_list
+from spkfast.training.loop import read_log
+from tests.training.corpus import TINY, make_tones
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = make_tones(tmp_path_factory.mktemp("tones"))
+    (folder / "tiny.yaml").write_text(TINY)
+    return folder
+
+
+def arguments(corpus, out, *more):
+    return [str(corpus / "tiny.yaml"), "--out", str(out), "--data.train_list", str(corpus / "train_list.txt"), *more]
+
+
+def weights(out):
+    """Every tensor of a trained model to the last bit."""
+    tensors = load_file(out / "model" / "model.safetensors")
+    return {name: value.numpy().tobytes() for name, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "unbroken"
+    assert main(["train", *arguments(corpus, out, "--json")]) == 0
+    return out
+
+
+def test_learns_and_leaves_a_model_a_log_and_a_checkpoint(unbroken):
+    log = read_log(unbroken)
+    assert [entry["step"] for entry in log] == [5, 10, 15, 20, 25, 30]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["margin"] == 0.2 and 0 <= log[-1]["accuracy"] <= 1
+    assert [path.name for path in (unbroken / "checkpoints").iterdir()] == ["step_00000030"]
+    assert list(unbroken.glob("**/events.out.tfevents*"))
+
+
+def test_killed_and_resumed_run_equals_the_unbroken_one(corpus, unbroken, tmp_path):
+    """kill -9 at some step after the tenth, then --resume: the weights agree to the last bit."""
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "spkfast", "train", *arguments(corpus, out, "--checkpoint_minutes", "0")]
+    # A pause after each checkpoint would hide a half-written one, so nothing slows the run down.
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not any(int(path.name[5:]) >= 10 for path in (out / "checkpoints").glob("step_*")):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert not (out / "model").exists()
+    assert main(["train", *arguments(corpus, out)]) == 2  # a folder with checkpoints wants --resume
+    assert subprocess.run([*command, "--resume"], capture_output=True, check=False).returncode == 0
+    assert weights(out) == weights(unbroken)
+    strip = [{k: v for k, v in entry.items() if k != "crops_per_second"} for entry in read_log(out)]
+    assert strip == [{k: v for k, v in entry.items() if k != "crops_per_second"} for entry in read_log(unbroken)]
+
+
+def test_reading_in_other_processes_changes_nothing(corpus, unbroken, tmp_path):
+    assert main(["train", *arguments(corpus, tmp_path / "run", "--data.workers", "2")]) == 0
+    assert weights(tmp_path / "run") == weights(unbroken)
+
+
+def test_resume_refuses_other_settings_and_other_versions(corpus, unbroken, tmp_path, capsys):
+    def failure(*more):
+        assert main(["train", *arguments(corpus, unbroken, "--resume", *more)]) == 2
+        return one_line(capsys)
+
+    assert "was trained with steps=30" in failure("--steps", "40")
+    run = unbroken / "checkpoints" / "step_00000030" / "run.json"
+    content = run.read_text()
+    try:
+        run.write_text(json.dumps({**json.loads(content), "format_version": 99}))
+        assert "format version 99" in failure()
+        run.write_text("{")
+        assert "not a whole checkpoint" in failure()
+    finally:
+        run.write_text(content)
+
+
+def test_bad_files_are_named_and_counted_and_strict_ends_the_run(tmp_path, capsys):
+    corpus = make_tones(tmp_path)
+    (corpus / "tiny.yaml").write_text(TINY)
+    (corpus / "spk1" / "s" / "0.wav").write_bytes(b"RIFF nonsense")
+    os.remove(corpus / "spk2" / "s" / "1.wav")
+    assert main(["train", *arguments(corpus, tmp_path / "run", "--steps", "4", "--json")]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["files_skipped"] == 2
+    assert "spk1/s/0.wav" in err and "spk2/s/1.wav" in err and "2 of 12 files skipped" in err
+    assert main(["train", *arguments(corpus, tmp_path / "strict", "--steps", "4", "--strict")]) == 2
+    assert "spk" in one_line(capsys)
+    for path in corpus.glob("spk*/s/*.wav"):
+        path.write_bytes(b"")
+    assert main(["train", *arguments(corpus, tmp_path / "none", "--steps", "4")]) == 2
+    assert "files in a row could not be read" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--batch_sise", "4"], "unknown option --batch_sise (did you mean '--batch_size'?)"),
+        (["--data.crop_secods=4"], "did you mean '--data.crop_seconds'?"),
+        (["--batch_size", "many"], "batch_size"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--model.name", "ecapa"], "unknown model 'ecapa' (did you mean 'ecapa_tdnn'?)"),
+        (["--model.options.chanels", "8"], "unknown option 'chanels' of model ecapa_tdnn (did you mean 'channels'?)"),
+        (["--frontend.preset", "wespeker"], "unknown front-end preset 'wespeker'"),
+        (["--data.train_list", "/nowhere/list.txt"], "/nowhere/list.txt: no such list file"),
+        (["--data.noise", "/nowhere"], "/nowhere: no audio files"),
+        (["--optimizer.lr", "1e30", "--optimizer.warmup_steps", "0"], "the loss became"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_settings_are_one_line(corpus, tmp_path, capsys, more, words):
+    assert main(["train", *arguments(corpus, tmp_path / "run", *more)]) == 2
+    assert words in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stepz: 4\n", "unknown key 'stepz' (did you mean 'steps'?)"),
+        ("optimizer: {learning_rate: 4}\n", "unknown key 'optimizer.learning_rate'"),
+        ("- 1\n", "must hold keys and values"),
+        ("steps: [\n", "not a YAML file"),
+    ],
+)
+def test_bad_config_file(corpus, tmp_path, capsys, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "c.yaml"), "--data.train_list", str(corpus / "train_list.txt")]) == 2
+    line = one_line(capsys)
+    assert words in line and "c.yaml" in line
+    assert main(["train", str(tmp_path / "missing.yaml")]) == 2
+    assert "missing.yaml: no such config file" in one_line(capsys)
+
+
+def test_list_errors_name_file_and_line(corpus, tmp_path, capsys):
+    (tmp_path / "train_list.txt").write_text("spk0 a.wav\nspk1 b.wav c.wav\n")
+    assert (
+        main(["train", *arguments(corpus, tmp_path / "run", "--data.train_list", str(tmp_path / "train_list.txt"))])
+        == 2
+    )
+    assert "train_list.txt:2: expected 2 columns 'speaker path', got 3" in one_line(capsys)
+    assert len(read_train_list(corpus / "train_list.txt")) == 12
+
+
+def one_line(capsys) -> str:
+    """The one line on standard error."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("spkfast train: error: ")
+    return lines[0]

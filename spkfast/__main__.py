@@ -1,0 +1,7 @@
+"""Runs the command line: ``python -m spkfast``."""
+
+import sys
+
+from spkfast.cli.main import main
+
+sys.exit(main())

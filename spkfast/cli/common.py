@@ -1,0 +1,240 @@
+"""What the commands share: the argument parser, progress, printing of results, and files that cannot be used."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, NoReturn, TypeVar
+
+from spkfast.errors import InputError
+from spkfast.frontends import nearest
+
+Item = TypeVar("Item")
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest option where one is misspelt."""
+
+    def __init__(self, command: str, help: str) -> None:
+        super().__init__(prog=f"spkfast {command}", description=help, allow_abbrev=False)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses; a misspelt option is told before anything that may be missing because of it."""
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args[: args.index("--")] if "--" in args else args:
+            option = argument.split("=", 1)[0]
+            if option.startswith("--") and option not in self._option_string_actions:
+                known = [name for name in self._option_string_actions if name.startswith("--")]
+                self.error(f"unknown option {option}{nearest(option, known)}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the message for the command line to print."""
+        raise InputError(f"{message}; see '{self.prog} --help'")
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """The option that chooses the implementation of the front-end."""
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="implementation of the front-end [auto]")
+
+
+def add_batch_seconds(parser: argparse.ArgumentParser) -> None:
+    """The option that bounds a batch."""
+    parser.add_argument(
+        "--batch-seconds", type=_positive, default=60.0, metavar="S", help="most audio in one batch, in seconds [60]"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option that prints the result for programs."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+class BadFiles:
+    """Files of a long list that cannot be used: told one by one, counted at the end.
+
+    Args:
+        strict: Let the first one end the run.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+        self.count = 0
+
+    def skip(self, error: InputError) -> None:
+        """Tells of one file and counts it.
+
+        Raises:
+            InputError: The error itself, if strict.
+        """
+        if self._strict:
+            raise error
+        self.count += 1
+        print(f"skipped: {error}", file=sys.stderr)
+
+    def close(self, total: int) -> None:
+        """Tells the count.
+
+        Raises:
+            InputError: If every one of ``total`` files was skipped.
+        """
+        if not self.count:
+            return
+        if self.count == total:
+            raise InputError(f"none of the {total} files could be used")
+        print(f"{self.count} of {total} files skipped", file=sys.stderr)
+
+
+def progress(iterable: Iterable[Item], total: int | None = None, description: str = "") -> Iterator[Item]:
+    """Passes items on and shows on a :func:`meter` how many have come."""
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    with meter(description) as update:
+        update(0, total)
+        for done, item in enumerate(iterable, start=1):
+            update(done, total)
+            yield item
+
+
+@contextlib.contextmanager
+def meter(description: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows how far long work is, with its rate and the remaining time, on standard error.
+
+    A bar where that is a terminal, otherwise a line every 30 seconds. Gives the function to call with the number done
+    and the total (None where unknown).
+    """
+    if sys.stderr.isatty() and _has_rich():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        rate = TextColumn("{task.fields[rate]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(description, total=None, rate="")
+            started = time.monotonic()
+
+            def update(done: int, total: int | None) -> None:
+                bar.update(task, completed=done, total=total, rate=_rate(done, time.monotonic() - started))
+
+            yield update
+    else:
+        yield _line_meter(description)
+
+
+def print_result(result: dict[str, Any], as_json: bool, shown: dict[str, Any] | None = None) -> None:
+    """Prints a result: JSON for programs, tables for people.
+
+    Args:
+        result: Plain values; a nested dictionary is a section, a list of dictionaries a table.
+        as_json: Print JSON.
+        shown: What people see instead of ``result``.
+    """
+    if as_json:
+        print(json.dumps(_finite(result), indent=2))
+        return
+    if sys.stdout.isatty() and _has_rich():
+        _print_rich(shown or result)
+    else:
+        print("\n".join(_plain(shown or result)))
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def _line_meter(description: str) -> Callable[[int, int | None], None]:
+    started = told = time.monotonic()
+
+    def update(done: int, total: int | None) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told < _SECONDS_BETWEEN_LINES:
+            return
+        told = now
+        of = f"/{total}" if total else ""
+        remaining = f", {(now - started) / done * (total - done):.0f} s left" if total and done else ""
+        print(f"{description}: {done}{of}, {_rate(done, now - started)}{remaining}", file=sys.stderr, flush=True)
+
+    return update
+
+
+def _rate(done: int, seconds: float) -> str:
+    return f"{done / max(seconds, 1e-9):.3g}/s"
+
+
+def _has_rich() -> bool:
+    return importlib.util.find_spec("rich") is not None
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    return ", ".join(_text(inner) for inner in value) if isinstance(value, list | tuple) else str(value)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _parts(result: dict[str, Any], title: str = "") -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of each table: one of the plain values, then one for every nested part."""
+    nested = {key: value for key, value in result.items() if isinstance(value, dict) or _is_table(value)}
+    plain = [[key, _text(value)] for key, value in result.items() if key not in nested]
+    if plain:
+        yield title, [], plain
+    for key, value in nested.items():
+        name = f"{title}, {key}" if title else key
+        if isinstance(value, dict):
+            yield from _parts(value, name)
+        else:
+            head = list(dict.fromkeys(column for row in value for column in row))
+            yield name, head, [[_text(row.get(column)) for column in head] for row in value]
+
+
+def _plain(result: dict[str, Any]) -> Iterator[str]:
+    for number, (title, head, rows) in enumerate(_parts(result)):
+        if title:
+            yield ("\n" if number else "") + title
+        cells = [head, *rows] if head else rows
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        for row in cells:
+            yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _print_rich(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for title, head, rows in _parts(result):
+        table = Table(title=Text(title) if title else None, title_justify="left", show_header=bool(head))
+        for column in head or rows[0]:
+            table.add_column(Text(column) if head else "")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))  # plain text: brackets in a path are not markup
+        console.print(table)

@@ -1,0 +1,36 @@
+"""The command ``info``: what runs here, and why anything is missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spkfast.cli.common import Parser, add_json, print_result
+
+HELP = "what is installed, what runs where, and why anything is missing"
+
+
+def main(argv: list[str]) -> None:
+    """Runs ``spkfast info``."""
+    parser = Parser("info", HELP)
+    add_json(parser)
+    args = parser.parse_args(argv)
+
+    import spkfast
+
+    info = spkfast.info()
+    print_result(info, args.json, shown={**info, "gpus": info["gpus"] or "none", "ops": _rows(info["ops"])})
+
+
+def _rows(ops: dict[str, Any]) -> list[dict[str, str]]:
+    return [
+        {"op": op, "device": device, "backend": backend, "state": _state(facts, device, backend)}
+        for op, facts in ops.items()
+        for device in facts["available"]
+        for backend in (*facts["available"][device], *facts["missing"][device])
+    ]
+
+
+def _state(facts: dict[str, Any], device: str, backend: str) -> str:
+    if backend == facts["chosen"][device]:
+        return "runs, chosen by auto"
+    return f"missing: {facts['missing'][device][backend]}" if backend in facts["missing"][device] else "runs"

@@ -1,0 +1,311 @@
+"""The commands info, verify, embed and evaluate, end to end on a small model; and what each says of bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+
+import spkfast as package
+from spkfast.cli import embed as embed_command
+
+
+def keys_of(path):
+    with np.load(path) as arrays:
+        return list(arrays["keys"]), arrays["embeddings"]
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def bad_audio(folder, kind):
+    path = folder / f"{kind}.wav"
+    samples = 0.1 * np.random.default_rng(0).normal(size=16000)
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not audio\n" * 100)
+    elif kind == "nan":
+        samples[8000] = np.nan
+        soundfile.write(path, samples, 16000, subtype="FLOAT")
+    elif kind == "cut_wav":
+        soundfile.write(path, samples, 16000)
+        cut(path, 20000)
+    elif kind == "cut_flac":
+        path = folder / "cut_flac.flac"
+        soundfile.write(path, samples, 16000)
+        cut(path, path.stat().st_size // 2)
+    elif kind == "short":
+        soundfile.write(path, samples[:300], 16000)
+    return path
+
+
+BAD_AUDIO = {
+    "missing": "no such file",
+    "empty": "the file is empty (0 bytes)",
+    "text": "not an audio file, or a damaged one",
+    "nan": "the file holds NaN or infinite samples",
+    "cut_wav": "the file is cut off: 19956 of 32000 bytes of sound are there",
+    "cut_flac": "not an audio file, or a damaged one",
+    "short": "too short: 300 samples at 16000 Hz, one frame needs 400",
+}
+
+
+def test_info(spkfast):
+    status, out, _ = spkfast("info")
+    assert status == 0 and "log_mel_fbank" in out and "chosen by auto" in out
+    assert json.loads(spkfast("info", "--json").out) == json.loads(json.dumps(package.info()))
+
+
+def test_verify(spkfast, model, data):
+    a, b = data / "s0/r0/u.wav", data / "s1/r0/u.wav"
+    result = json.loads(spkfast("verify", a, b, "--model", model, "--json").out)
+    encoder = package.SpeakerEncoder.load(model)
+    assert result == {
+        "score": pytest.approx(encoder.verify(a, b).score, abs=1e-6),
+        "same_speaker": None,
+        "threshold": None,
+        "threshold_list": None,
+    }
+    assert "the model has no threshold" in spkfast("verify", a, b, "--model", model, "--backend", "reference").out
+    encoder.threshold = package.inference.Threshold(0.9999, "dev.txt")
+    encoder.save(data.parent / "with_threshold")
+    out = spkfast("verify", a, b, "--model", data.parent / "with_threshold").out
+    assert "different speakers (threshold 0.9999, set on dev.txt)" in out
+
+
+@pytest.mark.parametrize("kind", BAD_AUDIO)
+def test_verify_bad_audio(spkfast, model, data, kind):
+    path = bad_audio(data, kind)
+    error = spkfast("verify", data / "s0/r0/u.wav", path, "--model", model).error
+    assert error.startswith(f"spkfast verify: error: {path}: {BAD_AUDIO[kind]}")
+    error = spkfast("embed", path, "--model", model, "--out", data / "x.npz").error
+    assert error.startswith(f"spkfast embed: error: {path}: {BAD_AUDIO[kind]}")
+    assert not (data / "x.npz").exists()
+
+
+def test_checkpoint_of_another_version(spkfast, model, data):
+    other = shutil.copytree(model, data.parent / "other")
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace("format_version: 1", "format_version: 99"))
+    audio = data / "s0/r0/u.wav"
+    expected = f"{config}: format version 99, this spkfast reads version 1"
+    assert spkfast("verify", audio, audio, "--model", other).error == f"spkfast verify: error: {expected}"
+    assert expected in spkfast("embed", data, "--model", other, "--out", data / "x.npz").error
+    assert expected in spkfast("evaluate", "--model", other, "--data", data).error
+
+
+def test_embed_folder_file_and_lists(spkfast, model, data):
+    encoder = package.SpeakerEncoder.load(model)
+    result = json.loads(spkfast("embed", data, "--model", model, "--out", data / "all.npz", "--json").out)
+    assert (result["embedded"], result["already_there"], result["skipped"], result["embedding_dim"]) == (9, 0, 0, 24)
+    keys, rows = keys_of(data / "all.npz")
+    assert keys == sorted(f"s{s}/r{u}/u.wav" for s in range(3) for u in range(3))
+    for key, row in zip(keys, rows, strict=True):
+        want = encoder.embed(data / key).numpy()
+        np.testing.assert_allclose(row, want, atol=1e-5 * np.abs(want).max())
+
+    (data / "plain.txt").write_text("s1/r0/u.wav\n\ns0/r0/u.wav\n")
+    (data / "train.lst").write_text("s2 s2/r0/u.wav\n")
+    single = data / "s0/r1/u.wav"
+    inputs = (data / "plain.txt", data / "train.lst", data / "trials.txt", single)
+    assert spkfast("embed", *inputs, "--model", model, "--out", data / "lists.npz").status == 0
+    found, _ = keys_of(data / "lists.npz")
+    assert found[:3] == ["s1/r0/u.wav", "s0/r0/u.wav", "s2/r0/u.wav"] and found[-1] == str(single)
+    assert sorted(found[:-1]) == keys
+
+
+def test_embed_resumes(spkfast, model, data, monkeypatch):
+    out = data / "x.npz"
+    (data / "some.txt").write_text("s0/r0/u.wav\ns1/r0/u.wav\n")
+    assert spkfast("embed", data / "some.txt", "--model", model, "--out", out).status == 0
+    _, first = keys_of(out)
+    read = []
+    load_audio = package.SpeakerEncoder.load_audio
+    monkeypatch.setattr(
+        package.SpeakerEncoder, "load_audio", lambda self, path: read.append(str(path)) or load_audio(self, path)
+    )
+    result = json.loads(spkfast("embed", data, "--model", model, "--out", out, "--json").out)
+    assert (result["embedded"], result["already_there"]) == (7, 2)
+    assert len(read) == 7 and str(data / "s0/r0/u.wav") not in read
+    keys, rows = keys_of(out)
+    assert keys[:2] == ["s0/r0/u.wav", "s1/r0/u.wav"] and len(keys) == 9
+    np.testing.assert_array_equal(rows[:2], first)
+    result = json.loads(spkfast("embed", data, "--model", model, "--out", out, "--json").out)
+    assert (result["embedded"], result["already_there"]) == (0, 9)
+
+
+def test_embed_keeps_what_it_has_when_interrupted(spkfast, model, data, monkeypatch):
+    def interrupted(self, paths, **options):
+        for path in list(paths)[:4]:
+            yield self.embed(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(package.SpeakerEncoder, "embed_files", interrupted)
+    assert spkfast("embed", data, "--model", model, "--out", data / "x.npz").status == 130
+    assert len(keys_of(data / "x.npz")[0]) == 4
+    assert not list(data.glob(".x.npz*"))
+
+
+def test_embed_saves_now_and_then(spkfast, model, data, monkeypatch):
+    saves = []
+    save = embed_command._save
+    monkeypatch.setattr(
+        embed_command, "_save", lambda path, found, name: saves.append(len(found)) or save(path, found, name)
+    )
+    monkeypatch.setattr(embed_command, "_SECONDS_BETWEEN_SAVES", 0.0)
+    assert spkfast("embed", data, "--model", model, "--out", data / "x.npz").status == 0
+    assert saves == [*range(1, 10), 9]
+
+
+def test_embed_skips_bad_files_among_many(spkfast, model, data):
+    bad = [bad_audio(data / "s1", kind) for kind in ("empty", "nan")]
+    status, _, err = spkfast("embed", data, "--model", model, "--out", data / "x.npz")
+    assert status == 0 and len(keys_of(data / "x.npz")[0]) == 9
+    assert err.splitlines() == [
+        f"skipped: {bad[0]}: {BAD_AUDIO['empty']}",
+        f"skipped: {bad[1]}: {BAD_AUDIO['nan']}",
+        "2 of 11 files skipped",
+    ]
+    error = spkfast("embed", data, "--model", model, "--out", data / "y.npz", "--strict").error
+    assert error == f"spkfast embed: error: {bad[0]}: {BAD_AUDIO['empty']}"
+
+
+def test_embed_with_nothing_usable(spkfast, model, tmp_path):
+    for kind in ("empty", "nan"):
+        bad_audio(tmp_path, kind)
+    status, _, err = spkfast("embed", tmp_path, "--model", model, "--out", tmp_path / "x.npz")
+    assert status == 2 and err.endswith("spkfast embed: error: none of the 2 files could be used\n")
+
+
+def test_embed_ends_where_no_file_is_to_blame(spkfast, model, data, monkeypatch):
+    def unavailable(*_, **__):
+        raise package.InputError("backend='native' cannot run here")
+
+    monkeypatch.setattr(package.functional, "log_mel_fbank", unavailable)
+    error = spkfast("embed", data, "--model", model, "--out", data / "x.npz", "--backend", "native").error
+    assert error == "spkfast embed: error: backend='native' cannot run here"
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("s0 a.wav\ns0 a.wav extra\n", "list.txt:2: expected 2 columns 'speaker path', got 3"),
+        ("1 a.wav b.wav\n\n2 a.wav b.wav\n", "list.txt:3: the label must be 0 or 1, got '2'"),
+        ("a.wav\nb.wav c.wav\n", "list.txt:2: expected 1 column 'path', got 2"),
+        ("\n1 2 3 4\n", "list.txt:2: expected 'path', 'speaker path' or 'label path path', got 4 columns"),
+        ("\n\n", "list.txt: the list is empty"),
+        (b"\xff\xfe\x00", "list.txt: not a text file"),
+        (None, "list.txt: no such list file"),
+    ],
+)
+def test_embed_bad_list(spkfast, model, tmp_path, content, error):
+    path = tmp_path / "list.txt"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    outcome = spkfast("embed", path, "--model", model, "--out", tmp_path / "x.npz")
+    assert outcome.error == f"spkfast embed: error: {tmp_path}/{error}"
+
+
+def test_embed_bad_arguments(spkfast, model, data):
+    (data / "nothing").mkdir()
+    copy = shutil.copytree(data, data.parent / "copy")
+    (data / "text.npz").write_text("not an archive")
+    np.savez(data / "foreign.npz", keys=np.array(["a"]), embeddings=np.ones((1, 24)))
+    np.savez(data / "other.npz", numbers=np.ones(3))
+    for arguments, error in (
+        ((data, "--out", data / "x.npy"), f"--out must end with .npz, got {data}/x.npy"),
+        ((data / "nothing", "--out", data / "x.npz"), f"{data}/nothing: the folder holds no audio files"),
+        ((data, copy, "--out", data / "x.npz"), f"{copy}/s0/r0/u.wav: has the key of {data}/s0/r0/u.wav; "),
+        ((data, "--out", data / "text.npz"), f"{data}/text.npz: not an npz file, or a damaged one"),
+        ((data, "--out", data / "other.npz"), f"{data}/other.npz: holds no arrays 'keys' and 'embeddings'"),
+        ((data, "--out", data / "foreign.npz"), f"{data}/foreign.npz: holds embeddings of another model; "),
+    ):
+        assert spkfast("embed", *arguments, "--model", model).error.startswith(f"spkfast embed: error: {error}")
+
+
+def test_evaluate_by_model_and_by_embeddings(spkfast, model, data, monkeypatch):
+    from spkfast.data.lists import read_trials
+    from spkfast.evaluation import evaluate_trials
+
+    assert spkfast("embed", data, "--model", model, "--out", data / "x.npz").status == 0
+    by_model = json.loads(
+        spkfast("evaluate", "--model", model, "--data", data, "--scores", data / "scores.txt", "--json").out
+    )
+    trials = data / "trials.txt"
+    by_file = json.loads(spkfast("evaluate", "--embeddings", data / "x.npz", "--trials", trials, "--json").out)
+    want = evaluate_trials(read_trials(trials), *keys_of(data / "x.npz"))
+    for row in (*by_model["lists"], *by_file["lists"]):
+        assert row == {
+            "trials": str(trials),
+            "eer_percent": pytest.approx(100 * want.eer.value),
+            "eer_low_percent": pytest.approx(100 * want.eer.low),
+            "eer_high_percent": pytest.approx(100 * want.eer.high),
+            "eer_threshold": pytest.approx(want.eer.threshold, abs=1e-4),
+            "min_dcf": pytest.approx(want.min_dcf),
+            "p_target": 0.01,
+            "targets": 9,
+            "nontargets": 27,
+            "speakers": 3,
+        }
+    lines = [line.split() for line in (data / "scores.txt").read_text().splitlines()]
+    assert [line[:3] for line in lines] == [line.split() for line in trials.read_text().splitlines()]
+    np.testing.assert_allclose([float(line[3]) for line in lines], want.scores, atol=1e-4)
+
+
+def test_evaluate_several_lists_in_percent(spkfast, model, data):
+    lines = (data / "trials.txt").read_text().splitlines(keepends=True)
+    (data / "half.txt").write_text("".join(lines[:20]))
+    status, out, err = spkfast(
+        "evaluate", "--model", model, "--data", data, "--trials", data / "trials.txt", data / "half.txt",
+        "--backend", "reference", "--method", "clova",
+    )  # fmt: skip
+    assert status == 0 and not err
+    head, *rows = out.splitlines()
+    assert head.split("  ")[0] == "trials" and "EER %" in head and "95 % interval" in head and "minDCF (p 0.01)" in head
+    assert [row.split()[0] for row in rows] == [str(data / "trials.txt"), str(data / "half.txt")]
+
+
+def test_evaluate_plot(spkfast, model, data):
+    assert spkfast("evaluate", "--model", model, "--data", data, "--det", data / "det.png").status == 0
+    assert (data / "det.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_bad_input(spkfast, model, data):
+    assert spkfast("embed", data, "--model", model, "--out", data / "x.npz").status == 0
+    trials = data / "trials.txt"
+    lines = trials.read_text()
+    for name, content, error in (
+        ("columns", lines + "1 s0/r0/u.wav\n", "columns.txt:37: expected 3 columns 'label enrol test', got 2"),
+        ("label", "yes s0/r0/u.wav s0/r1/u.wav\n", "label.txt:1: the label must be 0 or 1, got 'yes'"),
+    ):
+        (data / f"{name}.txt").write_text(content)
+        for source in (("--embeddings", data / "x.npz"), ("--model", model, "--data", data)):
+            assert spkfast("evaluate", *source, "--trials", data / f"{name}.txt").error == (
+                f"spkfast evaluate: error: {data}/{error}"
+            )
+    unknown = data / "unknown.txt"
+    unknown.write_text(lines + "0 s0/r0/u.wav s9/r0/u.wav\n")
+    error = spkfast("evaluate", "--embeddings", data / "x.npz", "--trials", unknown).error
+    assert error == "spkfast evaluate: error: s9/r0/u.wav: the trials name this path, but it has no embedding"
+    error = spkfast("evaluate", "--model", model, "--data", data, "--trials", unknown).error
+    assert error == f"spkfast evaluate: error: {data}/s9/r0/u.wav: no such file, but the trials name it"
+    bad_audio(data, "nan").replace(data / "s2/r0/u.wav")
+    error = spkfast("evaluate", "--model", model, "--data", data).error
+    assert error == f"spkfast evaluate: error: {data}/s2/r0/u.wav: the file holds NaN or infinite samples"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "give either --model with --data, or --embeddings"),
+        (["--model", "m", "--embeddings", "x.npz"], "give either --model with --data, or --embeddings"),
+        (["--model", "m"], "--model and --data go together"),
+        (["--embeddings", "x.npz"], "--trials is needed with --embeddings"),
+        (["--model", "m", "--data", "nowhere"], "nowhere/trials.txt: no such list file"),
+    ],
+)
+def test_evaluate_wrong_usage(spkfast, arguments, error):
+    assert spkfast("evaluate", *arguments).error.startswith(f"spkfast evaluate: error: {error}")

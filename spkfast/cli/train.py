@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spkfast.cli.common import BadFiles, print_result, progress
-from spkfast.errors import InputError
-from spkfast.frontends import nearest
+from spkfast.errors import InputError, nearest
 from spkfast.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from spkfast.training.loop import Trainer
 
 HELP = "train a speaker network, or resume a run that was cut off"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Runs ``spkfast train``."""
     config, as_json = parse(argv)
-    run_training(config, as_json)
-    return 0
 
-
-def run_training(config: TrainConfig, as_json: bool) -> Trainer:
-    """Trains with progress on standard error, and prints what came of it."""
     from spkfast.training.loop import Trainer
 
-    bad = BadFiles(config.data.strict)
+    bad = BadFiles(strict=False)  # the trainer itself ends a strict run
     trainer = Trainer(config, warn=lambda message: bad.skip(InputError(message)))
+    steps = trainer.run()
+    if trainer.is_main_process:
+        steps = progress(steps, config.steps - trainer.first_step, "training")
     last = None
-    for step in progress(trainer.run(), config.steps - trainer.first_step, "train"):
+    for step in steps:
         last = step
+    if not trainer.is_main_process:
+        return
     bad.close(total=len(trainer.dataset))
     result: dict[str, Any] = {"model": str(trainer.folder / "model"), "steps": config.steps}
     if last is not None:
         result |= {"loss": last.loss, "accuracy": last.accuracy, "crops_per_second": last.crops_per_second}
     print_result({**result, "files_skipped": bad.count}, as_json)
-    return trainer
 
 
 def parse(argv: list[str]) -> tuple[TrainConfig, bool]:

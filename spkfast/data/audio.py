@@ -52,6 +52,19 @@ def read_audio(
     return np.ascontiguousarray(mono), rate
 
 
+def audio_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """Audio files anywhere below a folder, sorted.
+
+    Raises:
+        InputError: If there are none.
+    """
+    paths = Path(folder).rglob("*")
+    files = sorted(path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+    if not files:
+        raise InputError(f"{folder}: no audio files in this folder")
+    return files
+
+
 def audio_info(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Samples and sampling rate in Hz, from the header alone.
 
@@ -86,7 +99,7 @@ def _opened(source: Any) -> Iterator[tuple[str, Any]]:
                 if int(present) < int(declared) < _UNKNOWN_SIZE:
                     raise InputError(f"{name}: the file is cut off: {present} of {declared} bytes of sound are there")
             yield name, file
-    except (soundfile.SoundFileError, RuntimeError) as error:
+    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         raise InputError(f"{name}: not an audio file, or a damaged one ({_reason(error)})") from error
 
 

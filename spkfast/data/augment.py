@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spkfast.data.audio import AUDIO_SUFFIXES, audio_info, read_audio, resample
-from spkfast.errors import InputError
+from spkfast.data.audio import audio_files, audio_info, read_audio, resample
 
 
 class Augment:
@@ -33,12 +32,17 @@ class Augment:
         noise_snr_db: tuple[float, float],
         sample_rate: int,
     ) -> None:
-        self._noises = _audio_files(noise)
-        self._responses = _audio_files(rir)
+        self._noises = [] if noise is None else audio_files(noise)
+        self._responses = [] if rir is None else audio_files(rir)
         self._probability = probability
         self._snr = noise_snr_db
         self._rate = sample_rate
         self._cache: dict[Path, np.ndarray] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the noise files and room responses, in the order in which draws number them."""
+        return [path.name for path in (*self._noises, *self._responses)]
 
     def __call__(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The crop (S,) float32, changed or not, as ``rng`` decides; the length stays."""
@@ -86,12 +90,3 @@ def reverberate(samples: np.ndarray, response: np.ndarray) -> np.ndarray:
 def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
     """The signal played ``speed`` times as fast, pitch included: about ``1 / speed`` times as many samples."""
     return resample(samples, round(100 * speed), 100)
-
-
-def _audio_files(folder: str | os.PathLike[str] | None) -> list[Path]:
-    if folder is None:
-        return []
-    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-    if not files:
-        raise InputError(f"{folder}: no audio files in this folder")
-    return files

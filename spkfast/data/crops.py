@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from spkfast.data.augment import Augment, change_speed
 from spkfast.data.lists import Utterance
 from spkfast.errors import InputError
 
-_MOST_REPLACEMENTS = 16
+_MOST_ATTEMPTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +80,29 @@ class CropDataset(Dataset[Crop]):
         """Speaker index of each utterance, speeds aside."""
         return [self._label[utterance.speaker] for utterance in self._utterances]
 
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the list and of the names of noises and room responses: what a resumed run must find again."""
+        rows = [(utterance.speaker, utterance.path) for utterance in self._utterances]
+        names = self._augment.names if self._augment else []
+        return hashlib.sha256(json.dumps([rows, names]).encode()).hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self._utterances)
 
     def __getitem__(self, draw: Draw) -> Crop:
-        """The crop that a draw stands for; a file that cannot be read is replaced by the next one of the list.
+        """The crop that a draw stands for; where a file cannot be read, another one is drawn.
 
         Where many in a row cannot be read, the crop is empty and its label -1: an exception would reach the training
         process as the traceback of a worker.
         """
         errors: list[str] = []
-        for step in range(min(_MOST_REPLACEMENTS, len(self))):
-            utterance = self._utterances[(draw.index + step) % len(self)]
+        for attempt in range(_MOST_ATTEMPTS):
+            # A fresh stream for each attempt: the same one would meet the same bad noise file again. StepSampler has 1.
+            rng = np.random.default_rng((*draw.seed, 1 + attempt) if attempt else draw.seed)
+            index = int(rng.integers(len(self))) if attempt else draw.index
             try:
-                samples, label = self._crop(utterance, np.random.default_rng(draw.seed))
+                samples, label = self._crop(self._utterances[index], rng)
                 return Crop(samples, label, tuple(errors))
             except InputError as error:
                 errors.append(str(error))

@@ -7,8 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from spkfast.errors import InputError
-from spkfast.frontends import nearest
+from spkfast.errors import InputError, nearest
 from spkfast.models.base import SpeakerModel
 from spkfast.models.ecapa_tdnn import EcapaTdnn
 

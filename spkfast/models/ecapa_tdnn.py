@@ -54,6 +54,11 @@ class EcapaTdnn(SpeakerModel):
         super().__init__()
         if dialect != "wespeaker":
             raise InputError(f"dialect must be 'wespeaker', got {dialect!r}")
+        for name, value in (("channels", channels), ("scale", scale), ("embedding_dim", embedding_dim)):
+            if not value > 0:
+                raise InputError(f"{name} must be positive, got {value}")
+        if any(size < 1 or size % 2 == 0 for size in kernel_sizes):
+            raise InputError(f"kernel_sizes must be odd, got {list(kernel_sizes)}")
         if channels % scale:
             raise InputError(f"channels must be a multiple of scale={scale}, got {channels}")
         if len(kernel_sizes) != len(dilations) or len(kernel_sizes) < 2:

@@ -61,6 +61,6 @@ def load(path: Path, config: dict[str, Any], free: frozenset[str], accelerator: 
             )
     try:
         accelerator.load_state(str(path))
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except Exception as error:  # whatever the readers of three file formats raise for a damaged file
         raise InputError(f"{path}: cannot be restored ({' '.join(str(error).split())[:200]})") from error
     return int(step)

@@ -144,7 +144,8 @@ class TrainConfig:
     resume: bool = False
 
 
-# Fields that may differ between a run and its resumption, because no number depends on them.
+# Fields that may differ between a run and its resumption: no number depends on them, nor on the place of the data
+# (what the data hold is compared by fingerprint).
 FREE_ON_RESUME = frozenset(
     {"out", "checkpoint_minutes", "keep_checkpoints", "resume", "data.root", "data.train_list", "data.noise",
      "data.rir", "data.workers", "data.strict"}

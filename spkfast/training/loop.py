@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from spkfast.inference import SpeakerEncoder
 
 
+# Smallest sensible values. Batch norm needs two rows to have a variance.
+_LEAST = {
+    "steps": 1, "batch_size": 2, "log_steps": 1, "seed": 0, "keep_checkpoints": 1, "checkpoint_minutes": 0,
+    "data.workers": 0, "data.augment_probability": 0, "optimizer.lr": 0, "optimizer.final_lr": 0,
+    "optimizer.warmup_steps": 0, "optimizer.momentum": 0, "optimizer.weight_decay": 0, "optimizer.clip_grad_norm": 0,
+    "loss.margin": 0, "loss.margin_start": 0,
+}  # fmt: skip
+
+
 class Progress(NamedTuple):
     """What the loop reports after each step."""
 
@@ -48,7 +57,8 @@ class SpeakerTask(nn.Module):
 
     def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, MarginStats]:
         """Features (B, T, M) and labels (B,) to loss and statistics."""
-        return self.head(self.net(features), target)
+        loss, stats = self.head(self.net(features), target, return_stats=True)
+        return loss, stats
 
 
 class Trainer:
@@ -83,22 +93,36 @@ class Trainer:
         self._spec = frontend(config.frontend.preset, **config.frontend.options)
         self.dataset = _dataset(config, self._spec)
         self._accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            cpu=not torch.cuda.is_available(),  # else several processes without a GPU would not find one another
             log_with="tensorboard",
             project_dir=str(self.folder),
         )
         set_seed(config.seed)
-        net = models.create(config.model.name, **{"feature_dim": self._spec.output_size, **config.model.options})
-        loss = config.loss
+        if config.data.crop_seconds * self._spec.sample_rate < self._spec.frame_length:
+            raise InputError(f"data.crop_seconds={config.data.crop_seconds} is shorter than one frame")
+        try:
+            net = models.create(config.model.name, **{"feature_dim": self._spec.output_size, **config.model.options})
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise error if isinstance(error, InputError) else InputError(f"model.options: {error}") from error
         head = MarginSoftmaxLoss(
-            net.embedding_dim, self.dataset.num_classes, loss.margin, loss.scale, loss.easy_margin, loss.fallback
-        )
+            net.embedding_dim, self.dataset.num_classes, margin=config.loss.margin, scale=config.loss.scale,
+            easy_margin=config.loss.easy_margin, fallback=config.loss.fallback,
+        )  # fmt: skip
         self._task = SpeakerTask(net, head)
         self._wrapped, self._optimizer = self._accelerator.prepare(self._task, _optimizer(self._task, config.optimizer))
-        self._settings = {**flatten(config), "number of classes": self.dataset.num_classes}
+        self._settings = {
+            **flatten(config),
+            "contents of the data": self.dataset.fingerprint,
+            "number of processes": self._accelerator.num_processes,
+        }
         self.first_step = checkpoint.load(found[-1], self._settings, FREE_ON_RESUME, self._accelerator) if found else 0
         self.bad_files: list[str] = []
         self.encoder: SpeakerEncoder | None = None
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the one of several processes that writes files and speaks."""
+        return bool(self._accelerator.is_main_process)
 
     def run(self) -> Iterator[Progress]:
         """Trains, one item after each step.
@@ -108,30 +132,30 @@ class Trainer:
         """
         config, accelerator = self.config, self._accelerator
         accelerator.init_trackers("tensorboard")
-        log = _Log(self.folder / "log.jsonl", self.first_step)
+        log = _Log(self.folder / "log.jsonl", self.first_step) if self.is_main_process else None
         self._wrapped.train()
         started = saved = time.monotonic()
         for step, (waveforms, target, errors) in enumerate(self._loader(), start=self.first_step):
-            self._tell(errors, fatal=config.data.strict or bool(target.min() < 0))
+            self._tell(errors)
             entry = self._step(step, waveforms, target)
             done = step + 1
-            if not math.isfinite(entry["loss"]):
-                raise InputError(
-                    f"{self.folder}: the loss became {entry['loss']} at step {done}; "
-                    "lower optimizer.lr or optimizer.clip_grad_norm"
-                )
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(entry[name]):
+                    raise InputError(
+                        f"{self.folder}: the {name} became {entry[name]} at step {done}; "
+                        "lower optimizer.lr or optimizer.clip_grad_norm"
+                    )
             crops = (done - self.first_step) * config.batch_size * accelerator.num_processes
             entry["crops_per_second"] = crops / (time.monotonic() - started)
             if done % config.log_steps == 0 or done == config.steps:
                 accelerator.log(entry, step=done)
-                if accelerator.is_main_process:
+                if log:
                     log.write(done, entry)
             if done == config.steps or time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 folder = self.folder / "checkpoints"
                 checkpoint.save(folder, done, self._settings, config.keep_checkpoints, accelerator)
                 saved = time.monotonic()
             yield Progress(done, config.steps, entry["loss"], entry["accuracy"], entry["crops_per_second"])
-        accelerator.end_training()
         self._finish()
 
     def _step(self, step: int, waveforms: Tensor, target: Tensor) -> dict[str, float]:
@@ -142,7 +166,9 @@ class Trainer:
         self._task.head.margin = schedule.margin(step, config.steps, config.loss)
         with torch.no_grad():
             features, _ = functional.log_mel_fbank(waveforms.to(accelerator.device), spec=self._spec, validate=False)
-        loss, stats = self._wrapped(features, target.to(accelerator.device))
+        # Not the accelerator's own setting: that is fixed for the life of the process by its first run.
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss, stats = self._wrapped(features, target.to(accelerator.device))
         accelerator.backward(loss)
         limit = config.optimizer.clip_grad_norm or math.inf
         norm = accelerator.clip_grad_norm_(self._task.parameters(), limit)
@@ -169,9 +195,9 @@ class Trainer:
             prefetch_factor=4 if config.data.workers else None,
         )
 
-    def _tell(self, errors: list[str], fatal: bool) -> None:
-        for error in errors:
-            if fatal:
+    def _tell(self, errors: list[tuple[str, bool]]) -> None:
+        for error, fatal in errors:
+            if fatal or self.config.data.strict:
                 raise InputError(error)
             if error not in self.bad_files:
                 self.bad_files.append(error)
@@ -181,9 +207,10 @@ class Trainer:
         from spkfast.inference import SpeakerEncoder
 
         self.encoder = SpeakerEncoder(self._task.net.eval(), self._spec)
-        if self._accelerator.is_main_process:
+        if self.is_main_process:
             self.encoder.save(self.folder / "model")
         self._accelerator.wait_for_everyone()
+        self._accelerator.end_training()
 
 
 class _Log:
@@ -215,13 +242,17 @@ def _step_of(line: str) -> int:
 def _check(config: TrainConfig) -> None:
     if not config.data.train_list:
         raise InputError("data.train_list is not set: give --data.train_list FILE")
-    for name in ("steps", "batch_size", "log_steps"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.data.crop_seconds <= 0:
-        raise InputError(f"data.crop_seconds must be positive, got {config.data.crop_seconds}")
+    values = flatten(config)
+    for name, least in _LEAST.items():
+        if not values[name] >= least:
+            raise InputError(f"{name} must be at least {least}, got {values[name]}")
     if not config.data.speeds or min(config.data.speeds) <= 0:
         raise InputError(f"data.speeds must be positive factors, got {config.data.speeds}")
+    for low, high in (("loss.margin_start", "loss.margin_end"), ("optimizer.final_lr", "optimizer.lr")):
+        if values[low] > values[high]:
+            raise InputError(f"{low}={values[low]} must not exceed {high}={values[high]}")
+    if config.data.noise_snr_db[0] > config.data.noise_snr_db[1]:
+        raise InputError(f"data.noise_snr_db must be lowest and highest, got {list(config.data.noise_snr_db)}")
 
 
 def _dataset(config: TrainConfig, spec: FrontendSpec) -> CropDataset:
@@ -247,10 +278,11 @@ def _optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
-def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, list[tuple[str, bool]]]:
+    """Waveforms (B, S), labels (B,), and each error with whether no crop could be had for it."""
     waveforms = torch.from_numpy(np.stack([crop.samples for crop in crops]))
     labels = torch.tensor([crop.label for crop in crops])
-    return waveforms, labels, [error for crop in crops for error in crop.errors]
+    return waveforms, labels, [(error, crop.label < 0) for crop in crops for error in crop.errors]
 
 
 def _single_thread(worker: int) -> None:

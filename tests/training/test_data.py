@@ -35,27 +35,36 @@ def test_crop_is_a_piece_of_the_file(corpus):
     import soundfile
 
     whole, _ = soundfile.read(corpus / "spk0" / "s" / "0.wav", dtype="float32")
-    crop = dataset(corpus, crop_seconds=0.25)[Draw(0, (3,))].samples
+    crop = dataset(corpus, crop_seconds=0.25)[Draw(0, (0, 3))].samples
     windows = np.lib.stride_tricks.sliding_window_view(whole, len(crop))
     assert (np.abs(windows - crop).max(axis=1) == 0).sum() == 1
 
 
 def test_short_utterance_repeats(corpus):
-    crop = dataset(corpus, crop_seconds=4.0)[Draw(0, (0,))].samples
+    crop = dataset(corpus, crop_seconds=4.0)[Draw(0, (0, 0))].samples
     assert crop.shape == (64000,)
     np.testing.assert_array_equal(crop[:16000], crop[24000:40000])
 
 
-def test_bad_file_is_replaced_and_named(corpus, tmp_path):
+def test_bad_file_is_replaced_and_named(tmp_path):
     make_tones(tmp_path)
     (tmp_path / "spk0" / "s" / "1.wav").write_bytes(b"not audio at all")
     crops = dataset(tmp_path)
-    crop = crops[Draw(1, (0,))]
-    assert crop.label == 0 and len(crop.errors) == 1 and "1.wav" in crop.errors[0]
-    assert np.array_equal(crop.samples, crops[Draw(2, (0,))].samples)
+    crop, same = crops[Draw(1, (0, 1))], crops[Draw(1, (0, 1))]
+    assert crop.label >= 0 and crop.errors and "1.wav" in crop.errors[0]
+    assert np.array_equal(crop.samples, same.samples)
     for path in tmp_path.rglob("*.wav"):
         path.write_bytes(b"")
-    assert crops[Draw(0, (0,))].label == -1
+    assert crops[Draw(0, (0, 0))].label == -1
+
+
+def test_bad_noise_costs_no_crop(corpus, tmp_path):
+    make_tones(tmp_path, speakers=1, utterances=6)
+    (tmp_path / "spk0" / "s" / "3.wav").write_bytes(b"")
+    augment = Augment(tmp_path, None, 1.0, (0.0, 10.0), 16000)
+    crops = [dataset(corpus, augment=augment)[Draw(0, (0, k))] for k in range(60)]
+    assert all(crop.label >= 0 for crop in crops)
+    assert any("3.wav" in error for crop in crops for error in crop.errors)
 
 
 def test_sampler_covers_each_epoch_once_and_resumes():

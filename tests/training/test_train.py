@@ -26,7 +26,11 @@ def corpus(tmp_path_factory):
 
 
 def arguments(corpus, out, *more):
-    return [str(corpus / "tiny.yaml"), "--out", str(out), "--data.train_list", str(corpus / "train_list.txt"), *more]
+    """A run that uses all that is random: speeds, noise, room responses, balanced draws, and a reading process."""
+    return [
+        str(corpus / "tiny.yaml"), "--out", str(out), "--data.train_list", str(corpus / "train_list.txt"),
+        "--data.noise", str(corpus / "spk0"), "--data.rir", str(corpus / "spk1"), *more,
+    ]  # fmt: skip
 
 
 def weights(out):
@@ -72,8 +76,26 @@ def test_killed_and_resumed_run_equals_the_unbroken_one(corpus, unbroken, tmp_pa
 
 
 def test_reading_in_other_processes_changes_nothing(corpus, unbroken, tmp_path):
-    assert main(["train", *arguments(corpus, tmp_path / "run", "--data.workers", "2")]) == 0
-    assert weights(tmp_path / "run") == weights(unbroken)
+    for workers in ("0", "2"):
+        assert main(["train", *arguments(corpus, tmp_path / workers, "--data.workers", workers)]) == 0
+        assert weights(tmp_path / workers) == weights(unbroken)
+
+
+def test_mixed_precision_learns(corpus, tmp_path):
+    assert main(["train", *arguments(corpus, tmp_path / "run", "--precision", "bf16")]) == 0
+    log = read_log(tmp_path / "run")
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+@pytest.mark.full
+def test_two_processes_train_together(corpus, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "spkfast"]
+    command = [*launcher, "train", *arguments(corpus, tmp_path / "run", "--batch_size", "4")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    log = read_log(tmp_path / "run")
+    assert [entry["step"] for entry in log] == [5, 10, 15, 20, 25, 30] and log[-1]["loss"] < log[0]["loss"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_resume_refuses_other_settings_and_other_versions(corpus, unbroken, tmp_path, capsys):
@@ -82,26 +104,35 @@ def test_resume_refuses_other_settings_and_other_versions(corpus, unbroken, tmp_
         return one_line(capsys)
 
     assert "was trained with steps=30" in failure("--steps", "40")
-    run = unbroken / "checkpoints" / "step_00000030" / "run.json"
-    content = run.read_text()
-    try:
-        run.write_text(json.dumps({**json.loads(content), "format_version": 99}))
-        assert "format version 99" in failure()
-        run.write_text("{")
-        assert "not a whole checkpoint" in failure()
-    finally:
-        run.write_text(content)
+    lines = (corpus / "train_list.txt").read_text().splitlines()
+    (corpus / "other.txt").write_text("\n".join(lines[:-1]))
+    assert "contents of the data" in failure("--data.train_list", str(corpus / "other.txt"))
+    assert "contents of the data" in failure("--data.noise", "null")
+    checkpoint = unbroken / "checkpoints" / "step_00000030"
+    version = json.dumps({**json.loads((checkpoint / "run.json").read_text()), "format_version": 99}).encode()
+    for name, content, words in (
+        ("run.json", version, "format version 99"),
+        ("run.json", b"{", "not a whole checkpoint"),
+        ("model.safetensors", None, "cannot be restored"),
+        ("optimizer.bin", None, "cannot be restored"),
+    ):
+        whole = (checkpoint / name).read_bytes()
+        try:
+            (checkpoint / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+            assert words in failure()
+        finally:
+            (checkpoint / name).write_bytes(whole)
 
 
 def test_bad_files_are_named_and_counted_and_strict_ends_the_run(tmp_path, capsys):
     corpus = make_tones(tmp_path)
     (corpus / "tiny.yaml").write_text(TINY)
-    (corpus / "spk1" / "s" / "0.wav").write_bytes(b"RIFF nonsense")
+    (corpus / "spk3" / "s" / "0.wav").write_bytes(b"RIFF nonsense")
     os.remove(corpus / "spk2" / "s" / "1.wav")
     assert main(["train", *arguments(corpus, tmp_path / "run", "--steps", "4", "--json")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["files_skipped"] == 2
-    assert "spk1/s/0.wav" in err and "spk2/s/1.wav" in err and "2 of 12 files skipped" in err
+    assert "spk3/s/0.wav" in err and "spk2/s/1.wav" in err and "2 of 12 files skipped" in err
     assert main(["train", *arguments(corpus, tmp_path / "strict", "--steps", "4", "--strict")]) == 2
     assert "spk" in one_line(capsys)
     for path in corpus.glob("spk*/s/*.wav"):
@@ -117,6 +148,17 @@ def test_bad_files_are_named_and_counted_and_strict_ends_the_run(tmp_path, capsy
         (["--data.crop_secods=4"], "did you mean '--data.crop_seconds'?"),
         (["--batch_size", "many"], "batch_size"),
         (["--steps", "0"], "steps must be at least 1"),
+        (["--batch_size", "1"], "batch_size must be at least 2"),
+        (["--data.workers", "-1"], "data.workers must be at least 0"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--keep_checkpoints", "0"], "keep_checkpoints must be at least 1"),
+        (["--loss.margin_start", "0.9"], "loss.margin_start=0.9 must not exceed loss.margin_end=0.3"),
+        (["--data.noise_snr_db", "[15, 0]"], "data.noise_snr_db must be lowest and highest"),
+        (["--data.speeds", "[]"], "data.speeds must be positive factors"),
+        (["--data.crop_seconds", "0.01"], "data.crop_seconds=0.01 is shorter than one frame"),
+        (["--model.options.channels", "abc"], "model.options: "),
+        (["--model.options.channels", "0"], "channels must be positive"),
+        (["--model.options.kernel_sizes", "[4, 3, 3, 3]"], "kernel_sizes must be odd"),
         (["--model.name", "ecapa"], "unknown model 'ecapa' (did you mean 'ecapa_tdnn'?)"),
         (["--model.options.chanels", "8"], "unknown option 'chanels' of model ecapa_tdnn (did you mean 'channels'?)"),
         (["--frontend.preset", "wespeker"], "unknown front-end preset 'wespeker'"),

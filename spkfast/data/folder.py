@@ -1,0 +1,107 @@
+"""Training and trial lists for a folder of recordings laid out as ``<speaker>/<session>/<utterance>``."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from spkfast.data.audio import audio_files
+from spkfast.data.lists import Trial, Utterance, speaker_of
+from spkfast.errors import InputError
+
+
+def scan(folder: str | os.PathLike[str], warn: Callable[[str], None] = lambda message: None) -> list[Utterance]:
+    """Utterances of a folder, sorted; audio that lies elsewhere than ``<speaker>/<session>/<utterance>`` is reported.
+
+    Raises:
+        InputError: If no audio lies where it should.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    found = []
+    for path in audio_files(root):
+        parts = path.relative_to(root).parts
+        if len(parts) != 3:
+            warn(f"{path}: passed over, not at <speaker>/<session>/<utterance>")
+        elif any(letter.isspace() for part in parts for letter in part):
+            warn(f"{path}: passed over, a name with white space cannot stand in a list")
+        else:
+            found.append(Utterance(parts[0], "/".join(parts)))
+    if not found:
+        raise InputError(f"{root}: holds no lists and no audio at <speaker>/<session>/<utterance>")
+    return found
+
+
+def split(
+    utterances: list[Utterance], test_speakers: int, *, trials_per_speaker: int = 60, seed: int = 0
+) -> tuple[list[Utterance], list[Trial]]:
+    """Training utterances, and trials among speakers that are not in them.
+
+    Targets pair two sessions of a speaker where there are two; as many non-targets pair two speakers.
+
+    Args:
+        utterances: All utterances.
+        test_speakers: Speakers kept for the trials.
+        trials_per_speaker: Most targets a speaker, and as many non-targets.
+        seed: Seed of the draw.
+
+    Raises:
+        InputError: If there are too few speakers, or no test speaker has two utterances.
+    """
+    speakers = sorted({utterance.speaker for utterance in utterances})
+    if test_speakers < 2 or len(speakers) < test_speakers + 2:
+        raise InputError(f"{len(speakers)} speakers do not leave 2 for training and {test_speakers} for trials")
+    rng = np.random.default_rng(seed)
+    held = sorted(rng.permutation(speakers)[:test_speakers].tolist())
+    of: dict[str, list[str]] = {speaker: [] for speaker in held}
+    for utterance in utterances:
+        if utterance.speaker in of:
+            of[utterance.speaker].append(utterance.path)
+    targets = []
+    for paths in of.values():
+        pairs = list(itertools.combinations(paths, 2))
+        across = [(a, b) for a, b in pairs if Path(a).parts[1] != Path(b).parts[1]]
+        targets += [Trial(True, *pair) for pair in _draw(across or pairs, trials_per_speaker, rng)]
+    if not targets:
+        raise InputError("no test speaker has two utterances, so there is no same-speaker trial")
+    # Drawn one by one: all pairs of a large corpus would not fit in memory.
+    counts = [len(paths) for paths in of.values()]
+    possible = (sum(counts) ** 2 - sum(count**2 for count in counts)) // 2
+    nontargets: dict[tuple[str, str], None] = {}
+    while len(nontargets) < min(len(targets), possible):
+        one, other = sorted(rng.choice(len(held), 2, replace=False).tolist())
+        nontargets[str(rng.choice(of[held[one]])), str(rng.choice(of[held[other]]))] = None
+    return [u for u in utterances if u.speaker not in of], targets + [Trial(False, *pair) for pair in nontargets]
+
+
+def write_lists(folder: str | os.PathLike[str], train: list[Utterance], trials: list[Trial]) -> tuple[Path, Path]:
+    """Write ``train_list.txt`` and ``trials.txt`` into a folder and return their paths."""
+    train_list, trial_list = Path(folder) / "train_list.txt", Path(folder) / "trials.txt"
+    train_list.parent.mkdir(parents=True, exist_ok=True)
+    train_list.write_text("".join(f"{u.speaker} {u.path}\n" for u in train), encoding="utf-8")
+    trial_list.write_text("".join(f"{int(t.target)} {t.enrol} {t.test}\n" for t in trials), encoding="utf-8")
+    return train_list, trial_list
+
+
+def check_disjoint(train: list[Utterance], trials: list[Trial]) -> None:
+    """Refuse trials of speakers that are trained on.
+
+    Raises:
+        InputError: If a speaker is in both.
+    """
+    seen = {utterance.speaker for utterance in train}
+    for trial in trials:
+        for path in (trial.enrol, trial.test):
+            if speaker_of(path) in seen:
+                raise InputError(f"speaker {speaker_of(path)} of the trials is in the training list")
+
+
+def _draw(pairs: list[tuple[str, str]], most: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    if len(pairs) <= most:
+        return pairs
+    return [pairs[i] for i in sorted(rng.choice(len(pairs), most, replace=False))]

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pkgutil
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,10 +72,11 @@ def info() -> dict[str, Any]:
     """What runs here, and why anything is missing.
 
     Returns:
-        A dictionary of plain values. ``versions`` holds versions by package, None where absent; ``cpu`` the instruction
-        ``level`` and the number of ``threads``; ``gpus`` the names of the GPUs; ``build`` facts about the compiled
-        libraries. ``ops`` holds for each op, by device type, the ``available`` backends, the one ``chosen`` by
-        ``auto``, and for each of the ``missing`` ones the reason.
+        A dictionary of plain values. ``versions`` holds versions by package, None where absent; ``extras`` the same for
+        the packages of each extra, which some commands need; ``cpu`` the instruction ``level`` and the number of
+        ``threads``; ``gpus`` the names of the GPUs; ``build`` facts about the compiled libraries. ``ops`` holds for
+        each op, by device type, the ``available`` backends, the one ``chosen`` by ``auto``, and for each of the
+        ``missing`` ones the reason.
     """
     import torch
 
@@ -96,11 +98,26 @@ def info() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in ("spkfast", "torch", "numpy", "triton")},
+        "extras": _extras(),
         "cpu": {"level": _cpu_level(), "threads": torch.get_num_threads()},
         "gpus": gpus,
         "build": _build_info(),
         "ops": ops,
     }
+
+
+def _extras() -> dict[str, dict[str, str | None]]:
+    """Versions of optional packages by extra, as the installed package names them."""
+    extras: dict[str, dict[str, str | None]] = {name: {} for name in ("audio", "train", "eval")}
+    try:
+        requirements = importlib.metadata.requires("spkfast") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        requirements = []
+    for requirement in requirements:
+        match = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", requirement)
+        if match and match[2] in extras and match[1] != "spkfast":
+            extras[match[2]][match[1]] = _version(match[1])
+    return extras
 
 
 def _op_names() -> list[str]:

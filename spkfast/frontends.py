@@ -8,7 +8,7 @@ import json
 import math
 from typing import Any
 
-from spkfast.errors import InputError
+from spkfast.errors import InputError, nearest
 
 _PREEMPHASIS_MODES = ("frame", "signal")
 _WINDOWS = ("hamming", "hann", "povey", "rectangular")
@@ -195,14 +195,6 @@ class FrontendSpec:
         """Fields in which two specs differ, as text: ``window: 'hamming' here, 'povey' there``."""
         mine, theirs = self.to_dict(), other.to_dict()
         return "; ".join(f"{k}: {mine[k]!r} here, {theirs[k]!r} there" for k in mine if mine[k] != theirs[k])
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """`` (did you mean 'x'?)`` for the closest known name, or an empty string."""
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 _PRESETS: dict[str, dict[str, Any]] = {

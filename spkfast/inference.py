@@ -195,7 +195,7 @@ class SpeakerEncoder:
             name = name or str(audio)
         else:
             name = name or "audio array"
-            samples, rate = _mono(audio, name), sample_rate or self.frontend.sample_rate
+            samples, rate = _mono(audio, name), self.frontend.sample_rate if sample_rate is None else sample_rate
         if not rate > 0:
             raise InputError(f"sample_rate must be positive, got {rate}")
         samples = resample(samples, rate, self.frontend.sample_rate)
@@ -280,7 +280,10 @@ class SpeakerEncoder:
             try:
                 samples = self.load_audio(path)
             except InputError as error:
-                window.append((str(path), error))
+                if window:
+                    window.append((str(path), error))
+                else:  # nothing to wait for
+                    yield error
                 continue
             window.append((str(path), samples))
             held += len(samples)
@@ -331,7 +334,9 @@ class SpeakerEncoder:
         features, frame_lengths = functional.log_mel_fbank(
             padded.to(self.device), lengths.to(self.device), spec=self.frontend, backend=backend
         )
-        return self.model(features, frame_lengths).float().cpu()
+        # fp32 means fp32: cuDNN's convolutions would use TF32 by default.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self.model(features, frame_lengths).float().cpu()
 
 
 def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:
@@ -376,9 +381,12 @@ def _device(device: str | torch.device | None, net: nn.Module) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device!r}: torch finds {torch.cuda.device_count()} CUDA devices here")
+    return found
 
 
 def _model_folder(source: Path) -> Path:

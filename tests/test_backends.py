@@ -40,6 +40,7 @@ def test_info():
     assert info["versions"]["spkfast"] == spkfast.__version__ and info["versions"]["torch"] == torch.__version__
     assert info["cpu"]["level"] in ("scalar", "avx2", "avx512", "avx512bf16")
     assert info["build"]["torch_target"] == "0x020b000000000000"
+    assert "soundfile" in info["extras"]["audio"] and "accelerate" in info["extras"]["train"]
     op = info["ops"]["log_mel_fbank"]
     assert op["chosen"]["cpu"] == "native" and {"reference", "native"} <= set(op["available"]["cpu"])
     for device in ("cpu", "cuda"):

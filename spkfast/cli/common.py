@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, NoReturn, TypeVar
 
-from spkfast.errors import InputError
-from spkfast.frontends import nearest
+from spkfast.errors import InputError, nearest
 
 Item = TypeVar("Item")
 

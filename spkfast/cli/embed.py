@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spkfast.cli.common import BadFiles, Parser, add_backend, add_batch_seconds, add_json, print_result, progress
 from spkfast.errors import InputError
@@ -48,7 +48,9 @@ def main(argv: list[str]) -> None:
 
     encoder = SpeakerEncoder.load(args.model)
     model = encoder.fingerprint
-    known = _load_own(out, model) if out.exists() else {}
+    sources = {key: str(path.resolve()) for key, path in files.items()}
+    known, known_sources = _load_own(out, model, sources) if out.exists() else ({}, {})
+    sources = {**known_sources, **sources}
     waiting = {key: path for key, path in files.items() if key not in known}
     bad = BadFiles(args.strict or len(files) == 1)
     started = saved = time.monotonic()
@@ -61,11 +63,11 @@ def main(argv: list[str]) -> None:
                 continue
             found[key] = embedding.numpy()
             if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-                _save(out, found, model)
+                _save(out, found, sources, model)
                 saved = time.monotonic()
     finally:
         if len(found) > len(known):
-            _save(out, found, model)
+            _save(out, found, sources, model)
     bad.close(len(files))
     result = {
         "out": str(out),
@@ -78,8 +80,24 @@ def main(argv: list[str]) -> None:
     print_result(result, args.json)
 
 
-def read_embeddings(path: str | os.PathLike[str]) -> tuple[list[str], Any, str | None]:
-    """Keys, embeddings (U, E) and fingerprint of the model (None where the file holds none) of an npz file.
+class Stored(NamedTuple):
+    """What an npz file of embeddings holds; ``model`` and ``sources`` are None where another program wrote it.
+
+    Attributes:
+        keys: Name of each embedding, length U.
+        embeddings: Shape (U, E).
+        model: Fingerprint of the model.
+        sources: Audio file of each embedding, length U.
+    """
+
+    keys: list[str]
+    embeddings: Any
+    model: str | None
+    sources: list[str] | None
+
+
+def read_embeddings(path: str | os.PathLike[str]) -> Stored:
+    """Contents of an npz file of embeddings.
 
     Raises:
         InputError: If the file is missing, damaged or holds something else.
@@ -94,6 +112,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> tuple[list[str], Any, str |
         with np.load(path) as arrays:
             keys, embeddings = arrays["keys"], arrays["embeddings"]
             model = str(arrays["model"]) if "model" in arrays else None
+            sources = [str(source) for source in arrays["sources"]] if "sources" in arrays else None
     except KeyError as error:
         raise InputError(f"{path}: holds no arrays 'keys' and 'embeddings'") from error
     except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
@@ -102,24 +121,35 @@ def read_embeddings(path: str | os.PathLike[str]) -> tuple[list[str], Any, str |
         raise InputError(
             f"{path}: keys have shape {keys.shape}, embeddings {embeddings.shape}; expected (U,) and (U, E)"
         )
-    return [str(key) for key in keys], embeddings, model
+    return Stored([str(key) for key in keys], embeddings, model, sources)
 
 
-def _load_own(path: Path, model: str) -> dict[str, Any]:
-    keys, embeddings, written_by = read_embeddings(path)
-    if written_by != model:
+def _load_own(path: Path, model: str, sources: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Embeddings and audio files by key, of a file that this model wrote from the same audio."""
+    stored = read_embeddings(path)
+    if stored.model != model or stored.sources is None:
         raise InputError(f"{path}: holds embeddings of another model; name another --out or remove it")
-    return dict(zip(keys, embeddings, strict=True))
+    known_sources = dict(zip(stored.keys, stored.sources, strict=True))
+    for key, source in known_sources.items():
+        if sources.get(key, source) != source:
+            raise InputError(f"{path}: {key} in it came from {source}, not {sources[key]}; name another --out")
+    return dict(zip(stored.keys, stored.embeddings, strict=True)), known_sources
 
 
-def _save(path: Path, found: dict[str, Any], model: str) -> None:
+def _save(path: Path, found: dict[str, Any], sources: dict[str, str], model: str) -> None:
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(fresh, "wb") as file:
-            np.savez(file, keys=np.array(list(found)), embeddings=np.stack(list(found.values())), model=np.array(model))
+            np.savez(
+                file,
+                keys=np.array(list(found)),
+                embeddings=np.stack(list(found.values())),
+                sources=np.array([sources[key] for key in found]),
+                model=np.array(model),
+            )
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
@@ -143,12 +173,9 @@ def _collect(inputs: list[str]) -> dict[str, Path]:
 
 
 def _in_folder(folder: Path) -> dict[str, Path]:
-    from spkfast.data.audio import AUDIO_SUFFIXES
+    from spkfast.data.audio import audio_files
 
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-    if not paths:
-        raise InputError(f"{folder}: the folder holds no audio files")
-    return {path.relative_to(folder).as_posix(): path for path in paths}
+    return {path.relative_to(folder).as_posix(): path for path in audio_files(folder)}
 
 
 def _in_list(file: Path) -> list[str]:

@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
     else:
         from spkfast.cli.embed import read_embeddings
 
-        keys, embeddings, _ = read_embeddings(args.embeddings)
+        stored = read_embeddings(args.embeddings)
+        keys, embeddings = stored.keys, stored.embeddings
     results = {name: evaluate_trials(trials, keys, embeddings, method=args.method) for name, trials in lists.items()}
     if args.scores:
         with open(args.scores, "w", encoding="utf-8") as file:

@@ -18,7 +18,16 @@ def main(argv: list[str]) -> None:
     import spkfast
 
     info = spkfast.info()
-    print_result(info, args.json, shown={**info, "gpus": info["gpus"] or "none", "ops": _rows(info["ops"])})
+    shown = {**info, "gpus": info["gpus"] or "none", "extras": _packages(info["extras"]), "ops": _rows(info["ops"])}
+    print_result(info, args.json, shown=shown)
+
+
+def _packages(extras: dict[str, dict[str, str | None]]) -> list[dict[str, str]]:
+    return [
+        {"extra": extra, "package": name, "state": version or f"missing: pip install 'spkfast[{extra}]'"}
+        for extra, packages in extras.items()
+        for name, version in packages.items()
+    ]
 
 
 def _rows(ops: dict[str, Any]) -> list[dict[str, str]]:

@@ -8,8 +8,7 @@ import pkgutil
 import sys
 
 from spkfast import cli
-from spkfast.errors import InputError
-from spkfast.frontends import nearest
+from spkfast.errors import InputError, nearest
 
 _NOT_COMMANDS = ("common", "main")
 
@@ -17,6 +16,9 @@ _NOT_COMMANDS = ("common", "main")
 def main(argv: list[str] | None = None) -> int:
     """Runs ``spkfast ARGV`` and returns its exit status: 0, or 2 for wrong usage or bad input."""
     argv = sys.argv[1:] if argv is None else argv
+    # Read when torch is imported. Threads that wait spinning slow each other down many times over where other work
+    # shares the cores, and gain little where none does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     name = "spkfast"
     try:
         if not argv:

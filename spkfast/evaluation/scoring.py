@@ -65,14 +65,15 @@ class TrialResult(NamedTuple):
         min_dcf: At a target prior of 0.01.
         scores: Shape (trials,).
         labels: 1 for the same speaker, shape (trials,).
-        num_speakers: Different speakers in the list.
+        num_speakers: Different speakers in the list; None, as the interval, where the first components of the paths
+            contradict the labels and so are no speakers.
     """
 
     eer: Eer
     min_dcf: float
     scores: np.ndarray
     labels: np.ndarray
-    num_speakers: int
+    num_speakers: int | None
 
 
 def evaluate_trials(
@@ -98,5 +99,8 @@ def evaluate_trials(
     scores = cosine_scores(embeddings, np.array([row[p] for p in enrol]), np.array([row[p] for p in test]))
     labels = np.array([int(trial.target) for trial in trials])
     first, second = ([speaker_of(path) for path in side] for side in (enrol, test))
-    rate = eer(scores, labels, enrol_speakers=first, test_speakers=second, method=method)
-    return TrialResult(rate, min_dcf(scores, labels), scores, labels, len({*first, *second}))
+    # Paths laid out otherwise do not tell the speaker; an interval over what they do tell would be wrong.
+    told = all((a == b) == trial.target for a, b, trial in zip(first, second, trials, strict=True))
+    sides = (first, second) if told else (None, None)
+    rate = eer(scores, labels, enrol_speakers=sides[0], test_speakers=sides[1], method=method)
+    return TrialResult(rate, min_dcf(scores, labels), scores, labels, len({*first, *second}) if told else None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spkfast import reference
+from spkfast.errors import InputError
 
 
 class MarginStats(NamedTuple):
@@ -35,6 +36,7 @@ class MarginSoftmaxLoss(nn.Module):
         self,
         embedding_dim: int,
         num_speakers: int,
+        *,
         margin: float = 0.2,
         scale: float = 32.0,
         easy_margin: bool = False,
@@ -42,17 +44,23 @@ class MarginSoftmaxLoss(nn.Module):
     ) -> None:
         super().__init__()
         if fallback not in ("linear", "continuous"):
-            raise ValueError(f"fallback must be 'linear' or 'continuous', got {fallback!r}")
+            raise InputError(f"fallback must be 'linear' or 'continuous', got {fallback!r}")
         self.margin, self.scale, self.easy_margin, self.fallback = margin, scale, easy_margin, fallback
         self.weight = nn.Parameter(torch.empty(num_speakers, embedding_dim))
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, embeddings: Tensor, target: Tensor) -> tuple[Tensor, MarginStats]:
-        """Mean loss, with accuracy on the plain cosines and mean target cosine.
+    def forward(
+        self, embeddings: Tensor, target: Tensor, *, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, MarginStats]:
+        """Mean loss over the batch.
 
         Args:
             embeddings: Shape (B, E), any scale.
             target: Speaker index per row, int64, shape (B,).
+            return_stats: Give the accuracy on the plain cosines and the mean target cosine too.
+
+        Returns:
+            Scalar loss, float32 or wider; with ``return_stats`` the loss and :class:`MarginStats`.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
@@ -60,4 +68,4 @@ class MarginSoftmaxLoss(nn.Module):
                 embeddings.to(dtype), self.weight.to(dtype), target,
                 self.margin, self.scale, self.easy_margin, self.fallback,
             )  # fmt: skip
-        return loss, MarginStats(accuracy, target_cosine)
+        return (loss, MarginStats(accuracy, target_cosine)) if return_stats else loss

@@ -137,6 +137,12 @@ def test_embed_resumes(spkfast, model, data, monkeypatch):
     assert (result["embedded"], result["already_there"]) == (0, 9)
 
 
+def test_embed_refuses_other_audio_under_known_keys(spkfast, model, data):
+    out, copy = data.parent / "x.npz", shutil.copytree(data, data.parent / "copy")
+    assert spkfast("embed", data, "--model", model, "--out", out).status == 0
+    assert "came from" in spkfast("embed", copy, "--model", model, "--out", out).error
+
+
 def test_embed_keeps_what_it_has_when_interrupted(spkfast, model, data, monkeypatch):
     def interrupted(self, paths, **options):
         for path in list(paths)[:4]:
@@ -153,7 +159,7 @@ def test_embed_saves_now_and_then(spkfast, model, data, monkeypatch):
     saves = []
     save = embed_command._save
     monkeypatch.setattr(
-        embed_command, "_save", lambda path, found, name: saves.append(len(found)) or save(path, found, name)
+        embed_command, "_save", lambda path, found, *rest: saves.append(len(found)) or save(path, found, *rest)
     )
     monkeypatch.setattr(embed_command, "_SECONDS_BETWEEN_SAVES", 0.0)
     assert spkfast("embed", data, "--model", model, "--out", data / "x.npz").status == 0
@@ -217,7 +223,7 @@ def test_embed_bad_arguments(spkfast, model, data):
     np.savez(data / "other.npz", numbers=np.ones(3))
     for arguments, error in (
         ((data, "--out", data / "x.npy"), f"--out must end with .npz, got {data}/x.npy"),
-        ((data / "nothing", "--out", data / "x.npz"), f"{data}/nothing: the folder holds no audio files"),
+        ((data / "nothing", "--out", data / "x.npz"), f"{data}/nothing: no audio files in this folder"),
         ((data, copy, "--out", data / "x.npz"), f"{copy}/s0/r0/u.wav: has the key of {data}/s0/r0/u.wav; "),
         ((data, "--out", data / "text.npz"), f"{data}/text.npz: not an npz file, or a damaged one"),
         ((data, "--out", data / "other.npz"), f"{data}/other.npz: holds no arrays 'keys' and 'embeddings'"),

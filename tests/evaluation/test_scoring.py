@@ -74,3 +74,9 @@ def test_trial_list():
     assert result.min_dcf == min_dcf(result.scores, result.labels, p_target=0.01)
     with pytest.raises(InputError, match=r"^x/y\.flac: .* no embedding"):
         evaluate_trials([*trials, Trial(False, keys[0], "x/y.flac")], keys, embeddings)
+
+
+def test_no_interval_where_paths_do_not_tell_the_speaker():
+    trials = [Trial(True, "wav/a1", "wav/a2"), Trial(False, "wav/a1", "wav/b1"), Trial(False, "wav/a2", "wav/b1")]
+    result = evaluate_trials(trials, ["wav/a1", "wav/a2", "wav/b1"], rows(3))
+    assert result.eer.low is None and result.eer.high is None and result.num_speakers is None

@@ -26,12 +26,16 @@ def test_matches_toolkits(golden, name):
             continue
         x = torch.from_numpy(arrays[case["x"]]).double()
         head = MarginSoftmaxLoss(
-            shape[1], shape[0], config.get("margin", config.get("m")), config.get("scale", config.get("s")),
-            config.get("easy_margin", False), "continuous" if "wespeaker" in name else "linear",
-        ).double()  # fmt: skip
+            shape[1],
+            shape[0],
+            margin=config.get("margin", config.get("m")),
+            scale=config.get("scale", config.get("s")),
+            easy_margin=config.get("easy_margin", False),
+            fallback="continuous" if "wespeaker" in name else "linear",
+        ).double()
         head.weight.data = torch.from_numpy(golden_weight(key, shape, rule)).double()
         x.requires_grad_()
-        loss, _ = head(x, torch.tensor(case["labels"]))
+        loss = head(x, torch.tensor(case["labels"]))
         loss.backward()
         prefix = case["case"]
         assert loss.item() == pytest.approx(case["loss"], rel=1e-7)
@@ -59,7 +63,7 @@ def test_gradient_formula(fallback, easy_margin):
 def test_parallel_and_zero_embeddings_stay_finite():
     head = MarginSoftmaxLoss(4, 3)
     x = torch.cat([head.weight.detach()[:2], -head.weight.detach()[2:], torch.zeros(1, 4)]).requires_grad_()
-    loss, stats = head(x, torch.tensor([0, 1, 2, 0]))
+    loss, stats = head(x, torch.tensor([0, 1, 2, 0]), return_stats=True)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(x.grad).all() and torch.isfinite(head.weight.grad).all()
     assert 0.5 <= stats.accuracy <= 1
@@ -70,8 +74,8 @@ def test_margin_zero_is_plain_softmax_and_half_precision_is_promoted():
     head = MarginSoftmaxLoss(8, 5, margin=0.0, scale=30.0)
     x, target = torch.randn(6, 8), torch.tensor([0, 1, 2, 3, 4, 0])
     cosine = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(head.weight).T
-    torch.testing.assert_close(head(x, target)[0], torch.nn.functional.cross_entropy(30 * cosine, target))
+    torch.testing.assert_close(head(x, target), torch.nn.functional.cross_entropy(30 * cosine, target))
     with torch.autocast("cpu", torch.bfloat16):
-        assert head(x.bfloat16(), target)[0].dtype == torch.float32
+        assert head(x.bfloat16(), target).dtype == torch.float32
     with pytest.raises(ValueError, match="fallback must be"):
         MarginSoftmaxLoss(8, 5, fallback="none")

@@ -10,6 +10,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+# One stamp a setting: asking for another one builds again.
+SPKFAST_CUDA ?= auto
+export SPKFAST_CUDA
+BUILT := $(VENV)/.built-cuda-$(SPKFAST_CUDA)
+
 DATA ?=
 OPS ?= all
 RESULTS ?= gpu-results
@@ -36,14 +41,15 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@$(PIP) torch numpy setuptools cmake ninja pybind11
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
+$(BUILT): $(VENV)/.torch pyproject.toml $(SOURCES)
 	@echo "building spkfast and installing what its commands and checks need"
 	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[dev]"
+	@rm -f $(VENV)/.built-cuda-*
 	@touch $@
 
 setup: build  ## make .venv, install everything, build
 
-build: $(VENV)/.built  ## build the extension (nothing to do when no source changed)
+build: $(BUILT)  ## build the extension (nothing to do when no source changed)
 
 LINT := lint-format lint-python lint-types lint-cpp lint-layers lint-spelling lint-headers
 .PHONY: $(LINT)
@@ -92,7 +98,7 @@ gpu-check:  ## verify and time kernels on an NVIDIA GPU: OPS="..." RESULTS=FOLDE
 gpu-status: build  ## regenerate docs/gpu-status.md from the recorded GPU results
 	$(BIN)/python -m benchmarks.gpu_status
 
-$(VENV)/.docs: $(VENV)/.built
+$(VENV)/.docs: $(BUILT)
 	@$(PIP) mkdocs-material
 	@touch $@
 

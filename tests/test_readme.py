@@ -1,0 +1,28 @@
+"""The README's example runs as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from spkfast.cli.main import main
+from tests.training.corpus import TINY, make_tones
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_python_example(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    make_tones(tmp_path, speakers=2, utterances=2)
+    (tmp_path / "tiny.yaml").write_text(TINY + "out: demo/training\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny.yaml", "--data.train_list", "train_list.txt", "--steps", "2"]) == 0
+    for number, name in enumerate(("a.flac", "b.flac")):
+        (tmp_path / f"spk{number}" / "s" / "0.wav").rename(tmp_path / name)
+    names = {"waveforms": 0.1 * torch.randn(2, 16000), "lengths": torch.tensor([16000, 9000])}
+    exec(code, names)
+    assert names["one"].shape == (12,) and names["many"].shape == (2, 12)
+    torch.testing.assert_close(names["many"][0], names["one"], rtol=1e-4, atol=1e-5)
+    assert names["features"].shape == (2, 98, 80) and names["frames"].tolist() == [98, 54]

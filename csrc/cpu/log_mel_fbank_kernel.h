@@ -31,7 +31,7 @@ struct LogMelFbankParams {
 class LogMelFbank {
  public:
   // Frames that are computed together, one per vector lane: as many as every x86-64 and Arm
-  // register holds. Twice as many took 3.6 times as long, since GCC keeps wider vectors in memory.
+  // register holds. Twice as many is slower, since GCC keeps wider vectors in memory.
   static constexpr int64_t kLanes = 4;
   using Lanes [[gnu::vector_size(kLanes * sizeof(float))]] = float;
 

@@ -158,6 +158,7 @@ class SpeakerEncoder:
             fresh.mkdir()
             save_file(tensors, fresh / _WEIGHTS, metadata=metadata)
             (fresh / _CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            shutil.copymode(fresh / _CONFIG, fresh / _WEIGHTS)  # the writer of the weights shuts others out
             for name in (_CONFIG, _WEIGHTS):
                 with open(fresh / name, "rb") as file:
                     os.fsync(file.fileno())

@@ -10,9 +10,12 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from spkfast.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from spkfast.evaluation import TrialResult
 
 Item = TypeVar("Item")
 
@@ -145,6 +148,27 @@ def print_result(result: dict[str, Any], as_json: bool, shown: dict[str, Any] | 
         _print_rich(shown or result)
     else:
         print("\n".join(_plain(shown or result)))
+
+
+def rates(result: TrialResult) -> dict[str, Any]:
+    """Error rate with its interval in percent, and detection cost, as every command names them in JSON."""
+    value, _, low, high = result.eer
+    return {
+        "eer_percent": 100 * value,
+        "eer_low_percent": None if low is None else 100 * low,
+        "eer_high_percent": None if high is None else 100 * high,
+        "min_dcf": result.min_dcf,
+    }
+
+
+def shown_rates(row: dict[str, Any]) -> dict[str, str]:
+    """The same for people."""
+    low, high = row["eer_low_percent"], row["eer_high_percent"]
+    return {
+        "EER %": f"{row['eer_percent']:.2f}",
+        "95 % interval": "-" if low is None else f"{low:.2f} to {high:.2f}",
+        "minDCF (p 0.01)": f"{row['min_dcf']:.4f}",
+    }
 
 
 def _positive(text: str) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spkfast.backends import Backend
-from spkfast.cli.common import Parser, add_json, meter, print_result, progress
+from spkfast.cli.common import Parser, add_json, meter, print_result, progress, rates, shown_rates
 from spkfast.errors import InputError
 from spkfast.training.config import DataConfig, ModelConfig, TrainConfig
 
@@ -183,16 +183,7 @@ def _evaluate(
     rows, systems = [], {}
     for name, values in embeddings.items():
         systems[name] = evaluate_trials(trials, paths, values)
-        value, _, low, high = systems[name].eer
-        row: dict[str, Any] = {
-            "system": name,
-            "eer_percent": 100 * value,
-            "eer_low_percent": None,
-            "eer_high_percent": None,
-        }
-        if low is not None and high is not None:
-            row |= {"eer_low_percent": 100 * low, "eer_high_percent": 100 * high}
-        row["min_dcf"] = systems[name].min_dcf
+        row: dict[str, Any] = {"system": name, **rates(systems[name])}
         if name in fbank_times:
             row |= {
                 "fbank_x_real_time": seconds / statistics.median(fbank_times[name]),
@@ -226,10 +217,7 @@ def _report(out: Path, result: dict[str, Any], systems: dict[str, TrialResult]) 
     table = [
         {
             "system": row["system"],
-            "EER %": f"{row['eer_percent']:.2f}",
-            "95 % interval": "-" if row["eer_low_percent"] is None
-            else f"{row['eer_low_percent']:.2f} to {row['eer_high_percent']:.2f}",
-            "minDCF (p 0.01)": f"{row['min_dcf']:.3f}",
+            **shown_rates(row),
             "fbank, x real time": f"{row['fbank_x_real_time']:.0f}" if "fbank_x_real_time" in row else "-",
             "embedding, x real time": f"{row['embed_x_real_time']:.0f}" if "embed_x_real_time" in row else "-",
             "largest difference": f"{row['max_relative_difference']:.1e}" if "max_relative_difference" in row else "-",

@@ -6,7 +6,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spkfast.cli.common import Parser, add_backend, add_batch_seconds, add_json, print_result, progress
+from spkfast.cli.common import (
+    Parser,
+    add_backend,
+    add_batch_seconds,
+    add_json,
+    print_result,
+    progress,
+    rates,
+    shown_rates,
+)
 from spkfast.errors import InputError
 
 HELP = "EER with its interval and minDCF on trial lists"
@@ -66,16 +75,13 @@ def main(argv: list[str]) -> None:
     shown = [
         {
             "trials": row["trials"],
-            "EER %": f"{row['eer_percent']:.2f}",
-            "95 % interval": "-" if row["eer_low_percent"] is None
-            else f"{row['eer_low_percent']:.2f} to {row['eer_high_percent']:.2f}",
-            "minDCF (p 0.01)": f"{row['min_dcf']:.4f}",
+            **shown_rates(row),
             "targets": row["targets"],
             "nontargets": row["nontargets"],
             "speakers": row["speakers"],
         }
         for row in rows
-    ]  # fmt: skip
+    ]
     result = {"method": args.method, "backend": args.backend, "seconds": time.monotonic() - started, "lists": rows}
     print_result(result, args.json, shown={"": shown})
 
@@ -101,15 +107,11 @@ def _embed(args: Any, paths: list[str]) -> Any:
 
 
 def _row(name: str, result: Any) -> dict[str, Any]:
-    value, threshold, low, high = result.eer
     targets = int(result.labels.sum())
     return {
         "trials": name,
-        "eer_percent": 100 * value,
-        "eer_low_percent": None if low is None else 100 * low,
-        "eer_high_percent": None if high is None else 100 * high,
-        "eer_threshold": threshold,
-        "min_dcf": result.min_dcf,
+        **rates(result),
+        "eer_threshold": result.eer.threshold,
         "p_target": 0.01,
         "targets": targets,
         "nontargets": len(result.labels) - targets,

@@ -151,7 +151,7 @@ class Trainer:
                 accelerator.log(entry, step=done)
                 if log:
                     log.write(done, entry)
-            if done == config.steps or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+            if done == config.steps or self._agreed(time.monotonic() - saved > 60 * config.checkpoint_minutes):
                 folder = self.folder / "checkpoints"
                 checkpoint.save(folder, done, self._settings, config.keep_checkpoints, accelerator)
                 saved = time.monotonic()
@@ -179,6 +179,12 @@ class Trainer:
             "target_cosine": float(stats.target_cosine), "grad_norm": float(norm), "lr": rate,
             "margin": self._task.head.margin,
         }  # fmt: skip
+
+    def _agreed(self, decision: bool) -> bool:
+        """The main process's decision: clocks differ, and a process that saved alone would wait for ever."""
+        from accelerate.utils import broadcast
+
+        return bool(broadcast(torch.tensor(decision, device=self._accelerator.device, dtype=torch.uint8)))
 
     def _loader(self) -> DataLoader[Crop]:
         config, accelerator, dataset = self.config, self._accelerator, self.dataset

@@ -90,7 +90,11 @@ def test_mixed_precision_learns(corpus, tmp_path):
 @pytest.mark.full
 def test_two_processes_train_together(corpus, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "spkfast"]
-    command = [*launcher, "train", *arguments(corpus, tmp_path / "run", "--batch_size", "4")]
+    command = [
+        *launcher,
+        "train",
+        *arguments(corpus, tmp_path / "run", "--batch_size", "4", "--checkpoint_minutes", "0.001"),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     log = read_log(tmp_path / "run")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from spkfast.ops._registration import register_op
 from spkfast.reference.log_mel_fbank import fbank_tables
 
 _LARGEST_CUDA_FFT = 2048
+_FIELDS = tuple(field.name for field in dataclasses.fields(FrontendSpec))
 
 
 def log_mel_fbank(
@@ -55,7 +58,9 @@ def log_mel_fbank(
         waveforms = waveforms.float() / 32768
     limits = _limits(waveforms.dtype, waveforms.device.type, spec.fft_size)
     implementation = _IMPLEMENTATIONS[backends.resolve(waveforms.device, backend, "log_mel_fbank", limits)]
-    window, mel = _tables(spec, waveforms.dtype, waveforms.device)
+    # As plain values: under torch 2.11 a compiled graph cannot hold the spec itself.
+    fields = tuple([getattr(spec, name) for name in _FIELDS])
+    window, mel = _tables(fields, waveforms.dtype, waveforms.device)
     features, frame_lengths = implementation(
         waveforms,
         lengths,
@@ -118,14 +123,14 @@ def _limits(dtype: torch.dtype, device: str, fft_size: int) -> dict[str, str]:
 
 
 @torch.compiler.assume_constant_result  # not to be traced, nor computed at every call of a compiled graph
-def _tables(spec: FrontendSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _cached_tables(spec, dtype, device)
+def _tables(fields: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _cached_tables(fields, dtype, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_tables(spec: FrontendSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _cached_tables(fields: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # tables made under inference mode could not be saved for a gradient later
-        window, mel = fbank_tables(spec)
+        window, mel = fbank_tables(FrontendSpec(*fields))
         return window.to(device, dtype), mel.to(device, dtype)
 
 

@@ -44,6 +44,8 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 $(BUILT): $(VENV)/.torch pyproject.toml $(SOURCES)
 	@echo "building spkfast and installing what its commands and checks need"
 	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[dev]"
+	@# Python started beside the checkout would take the folder for the package; a path entry comes before that.
+	@pwd > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/spkfast-checkout.pth"
 	@rm -f $(VENV)/.built-cuda-*
 	@touch $@
 

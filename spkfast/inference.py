@@ -246,6 +246,8 @@ class SpeakerEncoder:
         Raises:
             InputError: As :meth:`load_audio`; or if an embedding is not finite.
         """
+        if isinstance(audios, str | os.PathLike):
+            raise InputError(f"audios must be a list of utterances, got the one path {audios}: use embed()")
         names = [str(audio) if _is_file(audio) else f"audio {i}" for i, audio in enumerate(audios)]
         waveforms = [
             self.load_audio(audio, sample_rate, name=None if _is_file(audio) or len(audios) == 1 else name)
@@ -307,6 +309,15 @@ class SpeakerEncoder:
         """Embedding of each waveform, or a complaint in words."""
         if not batch_seconds > 0:
             raise InputError(f"batch_seconds must be positive, got {batch_seconds}")
+        # In training mode an embedding would depend on its batch, and batch norm would learn from it.
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self._embed_batches(waveforms, backend, batch_seconds)
+        finally:
+            self.model.train(was_training)
+
+    def _embed_batches(self, waveforms: list[np.ndarray], backend: Backend, batch_seconds: float) -> list[Tensor | str]:
         rows: dict[int, Tensor | str] = {}
         for batch in _batches([len(w) for w in waveforms], int(batch_seconds * self.frontend.sample_rate)):
             embeddings = self._forward([waveforms[i] for i in batch], backend)

@@ -305,3 +305,15 @@ def test_network_of_ones_own(tmp_path):
     assert encoder.embed(voice()).shape == (80,)
     with pytest.raises(InputError, match=r"only networks of spkfast\.models can be saved"):
         encoder.save(tmp_path / "model")
+
+
+def test_embedding_leaves_training_mode_and_statistics_alone():
+    encoder = make_encoder()
+    clips = [np.random.default_rng(k).standard_normal(9000).astype(np.float32) for k in range(3)]
+    want = encoder.embed_batch(clips)
+    encoder.model.train()
+    assert torch.equal(encoder.embed_batch(clips), want)
+    assert encoder.model.training
+    assert torch.equal(encoder.embed_batch(clips), want)
+    with pytest.raises(InputError, match="got the one path"):
+        encoder.embed_batch("a.flac")

@@ -182,7 +182,7 @@ def _in_list(file: Path) -> list[str]:
     from spkfast.data import lists
 
     try:
-        rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such list file") from error
     except UnicodeDecodeError as error:

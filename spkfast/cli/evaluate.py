@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
         parser.error("give either --model with --data, or --embeddings")
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data go together")
+    if args.det and Path(args.det).suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--det must end with .png, .pdf or .svg, got {args.det}")
     if not args.trials and not args.data:
         parser.error("--trials is needed with --embeddings")
 

@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of standard output has left; nothing more can be said there
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except MemoryError:
+        return _fail(name, "out of memory: ask for less at a time")
     except InputError as error:
         return _fail(name, str(error))
     except ModuleNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ def main(argv: list[str]) -> None:
 
     bad = BadFiles(strict=False)  # the trainer itself ends a strict run
     trainer = Trainer(config, warn=lambda message: bad.skip(InputError(message)))
+    if config.resume and trainer.is_main_process:
+        found = f"going on after step {trainer.first_step}" if trainer.first_step else "no checkpoint there yet"
+        print(f"{trainer.folder}: {found}", file=sys.stderr)
     steps = trainer.run()
     if trainer.is_main_process:
         steps = progress(steps, config.steps - trainer.first_step, "training")
@@ -80,7 +84,7 @@ def _check_file(path: Path, known: list[str]) -> None:
     import yaml
 
     if not path.is_file():
-        raise InputError(f"{path}: no such config file")
+        raise InputError(f"{path}: is a folder, not a config file" if path.is_dir() else f"{path}: no such config file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -53,13 +53,20 @@ def read_audio(
 
 
 def audio_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """Audio files anywhere below a folder, sorted.
+    """Audio files anywhere below a folder, linked folders included, sorted.
 
     Raises:
         InputError: If there are none.
     """
-    paths = Path(folder).rglob("*")
-    files = sorted(path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+    files: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        files += [Path(place, name) for name in names if Path(name).suffix.lower() in AUDIO_SUFFIXES]
+    files = sorted(path for path in files if path.is_file())
     if not files:
         raise InputError(f"{folder}: no audio files in this folder")
     return files
@@ -90,7 +97,9 @@ def _opened(source: Any) -> Iterator[tuple[str, Any]]:
 
     name = _check_file(source)
     try:
-        with soundfile.SoundFile(source) as file:
+        # As bytes: a name need not be valid in any encoding.
+        named = isinstance(source, str | os.PathLike)
+        with soundfile.SoundFile(os.fsencode(source) if named else source) as file:
             if file.frames == 0:
                 raise InputError(f"{name}: the file holds no samples")
             if file.frames > 1 << 48:

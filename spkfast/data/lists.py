@@ -60,7 +60,7 @@ def _rows(path: str | os.PathLike[str], columns: int, form: str) -> Iterator[tup
     if not file.is_file():
         raise InputError(f"{file}: no such list file")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not a text file") from error
     found = False

@@ -18,7 +18,7 @@ class Eer(NamedTuple):
     Attributes:
         value: The rate, a fraction.
         threshold: Score above which a trial is accepted at that point.
-        low: Lower end of the 95 % interval over speakers, or None where no speakers were given.
+        low: Lower end of the 95 % interval over speakers, or None where fewer than three speakers were given.
         high: Upper end.
     """
 
@@ -104,7 +104,8 @@ def eer(
             misses, false_alarms = trials.errors(weights)
             if misses[-1] > 0 and false_alarms[0] > 0:
                 rates.append(find(misses, false_alarms)[0])
-        if rates:
+        # Two speakers have one resample with both of them: an interval without width, which would claim certainty.
+        if rates and len({*enrol_speakers, *test_speakers}) > 2:
             tail = (1 - _CONFIDENCE) / 2
             low, high = (float(bound) for bound in np.quantile(rates, [tail, 1 - tail]))
     return Eer(float(value), float(trials.thresholds[index]), low, high)

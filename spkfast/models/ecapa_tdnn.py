@@ -54,9 +54,12 @@ class EcapaTdnn(SpeakerModel):
         super().__init__()
         if dialect != "wespeaker":
             raise InputError(f"dialect must be 'wespeaker', got {dialect!r}")
-        for name, value in (("channels", channels), ("scale", scale), ("embedding_dim", embedding_dim)):
-            if not value > 0:
-                raise InputError(f"{name} must be positive, got {value}")
+        for name, value in {
+            "feature_dim": feature_dim, "channels": channels, "embedding_dim": embedding_dim, "scale": scale,
+            "mfa_channels": mfa_channels, "attention_channels": attention_channels, "se_channels": se_channels,
+        }.items():  # fmt: skip
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a positive integer, got {value!r}")
         if any(size < 1 or size % 2 == 0 for size in kernel_sizes):
             raise InputError(f"kernel_sizes must be odd, got {list(kernel_sizes)}")
         if channels % scale:

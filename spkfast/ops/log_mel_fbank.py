@@ -78,6 +78,9 @@ def log_mel_fbank(
 
 
 def _check(waveforms: Tensor, lengths: Tensor | None) -> None:
+    for name, value in (("waveforms", waveforms), ("lengths", lengths)):
+        if value is not None and not isinstance(value, Tensor):
+            raise InputError(f"{name} must be a torch tensor, got {type(value).__name__}")
     if waveforms.ndim != 2:
         raise InputError(f"waveforms must have shape (B, S), got {tuple(waveforms.shape)}")
     if waveforms.dtype not in (torch.float32, torch.float64, torch.int16):

@@ -35,6 +35,7 @@ _LEAST = {
     "optimizer.warmup_steps": 0, "optimizer.momentum": 0, "optimizer.weight_decay": 0, "optimizer.clip_grad_norm": 0,
     "loss.margin": 0, "loss.margin_start": 0,
 }  # fmt: skip
+_MOST = {"seed": 2**32 - 1, "data.augment_probability": 1, "data.crop_seconds": 600, "loss.margin": 1.5}
 
 
 class Progress(NamedTuple):
@@ -92,6 +93,10 @@ class Trainer:
             )
         self._spec = frontend(config.frontend.preset, **config.frontend.options)
         self.dataset = _dataset(config, self._spec)
+        if len(self.dataset.speakers) < 2:
+            raise InputError(
+                f"{config.data.train_list}: one speaker alone cannot be told from others; at least 2 needed"
+            )
         self._accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # else several processes without a GPU would not find one another
             log_with="tensorboard",
@@ -252,8 +257,16 @@ def _check(config: TrainConfig) -> None:
     for name, least in _LEAST.items():
         if not values[name] >= least:
             raise InputError(f"{name} must be at least {least}, got {values[name]}")
-    if not config.data.speeds or min(config.data.speeds) <= 0:
-        raise InputError(f"data.speeds must be positive factors, got {config.data.speeds}")
+    for name, most in _MOST.items():
+        if values[name] > most:
+            raise InputError(f"{name} must be at most {most}, got {values[name]}")
+    speeds = config.data.speeds
+    if not speeds or min(speeds) <= 0 or len(set(speeds)) < len(speeds):
+        raise InputError(f"data.speeds must be positive factors, each one once, got {speeds}")
+    if not config.out:
+        raise InputError("out must name a folder")
+    if not config.loss.scale > 0:
+        raise InputError(f"loss.scale must be positive, got {config.loss.scale}")
     for low, high in (("loss.margin_start", "loss.margin_end"), ("optimizer.final_lr", "optimizer.lr")):
         if values[low] > values[high]:
             raise InputError(f"{low}={values[low]} must not exceed {high}={values[high]}")

@@ -1,13 +1,14 @@
 """Reading audio: what comes back, and what is said of files that cannot be read."""
 
 import io
+import os
 import shutil
 
 import numpy as np
 import pytest
 import soundfile
 
-from spkfast.data.audio import audio_info, read_audio, resample
+from spkfast.data.audio import audio_files, audio_info, read_audio, resample
 from spkfast.errors import InputError
 
 RATE = 16000
@@ -131,3 +132,18 @@ def test_real_speech(speech, tmp_path):
     copy.write_bytes(copy.read_bytes()[:-2000])
     with pytest.raises(InputError, match=r"copy\.flac"):
         read_audio(copy)
+
+
+def test_audio_files_follows_links_and_takes_any_name(tmp_path):
+    real = tmp_path / "real"
+    (real / "a").mkdir(parents=True)
+    soundfile.write(tmp_path / "x.wav", np.zeros(800), 16000)
+    odd = real / "a" / os.fsdecode(b"l\xe9.wav")
+    (tmp_path / "x.wav").rename(odd)
+    (real / "a" / "loop").symlink_to(real)
+    (real / "a" / "text.txt").touch()
+    linked = tmp_path / "corpus"
+    linked.mkdir()
+    (linked / "s").symlink_to(real)
+    assert audio_files(linked) == [linked / "s" / "a" / odd.name]
+    assert read_audio(odd)[0].shape == (800,)

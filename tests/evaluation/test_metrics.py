@@ -130,11 +130,11 @@ def test_interval_is_repeatable_and_optional():
 
 
 def test_resamples_without_both_kinds_are_left_out():
-    # Two speakers drawn twice: a resample has both kinds of trial only where it has both speakers.
+    # A resample has both kinds of trial only where it has the second speaker and another one.
     def low(seed, num_resamples):
-        speakers = ["a", "b"]
+        speakers = ["a", "b", "c"]
         options = {"num_resamples": num_resamples, "seed": seed}
-        return eer([0.9, 0.1], [1, 0], enrol_speakers=speakers, test_speakers=speakers, **options).low
+        return eer([0.9, 0.1, 0.8], [1, 0, 1], enrol_speakers=speakers, test_speakers=speakers, **options).low
 
     assert {low(seed, 1) for seed in range(20)} == {None, 0.0}
     assert {low(seed, 50) for seed in range(5)} == {0.0}
@@ -173,3 +173,9 @@ def test_bad_costs():
         min_dcf([0.1, 0.2], [0, 1], p_target=0)
     with pytest.raises(InputError, match="must be positive"):
         min_dcf([0.1, 0.2], [0, 1], c_fa=0)
+
+
+def test_no_interval_from_two_speakers():
+    """Every resample with both of two speakers is the list itself: no width, no knowledge."""
+    rate = eer([0.9, 0.2, 0.8, 0.1, 0.5], [1, 1, 1, 0, 0], enrol_speakers=list("aabab"), test_speakers=list("aabba"))
+    assert rate.low is None and rate.high is None

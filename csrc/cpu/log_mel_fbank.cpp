@@ -1,17 +1,17 @@
 // CPU kernel of log_mel_fbank: tensors checked, then handed to the kernel as raw pointers.
+#include "../log_mel_fbank.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 
-#include "../checks.h"
 #include "log_mel_fbank_kernel.h"
 
 namespace spkfast::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> log_mel_fbank(const Tensor& waveforms, const Tensor& lengths,
@@ -19,21 +19,9 @@ std::tuple<Tensor, Tensor> log_mel_fbank(const Tensor& waveforms, const Tensor& 
                                          int64_t frame_shift, int64_t fft_size, double sample_scale,
                                          double preemphasis, bool remove_dc, double log_floor,
                                          bool mean_norm) {
-  check_shape("waveforms", waveforms, {-1, -1});
+  check_log_mel_fbank(waveforms, lengths, window, mel, frame_shift, fft_size);
   const int64_t batch = waveforms.size(0), samples = waveforms.size(1);
-  check_shape("lengths", lengths, {batch});
-  check_shape("window", window, {-1});
-  check_shape("mel", mel, {-1, fft_size / 2 + 1});
-  check_dtype("waveforms", waveforms, ScalarType::Float);
-  check_dtype("lengths", lengths, ScalarType::Long);
-  check_dtype("window", window, ScalarType::Float);
-  check_dtype("mel", mel, ScalarType::Float);
   const int64_t frame_length = window.size(0), mels = mel.size(0);
-  check(frame_shift > 0, "frame_shift must be positive, got ", frame_shift);
-  check(fft_size >= 2 && (fft_size & (fft_size - 1)) == 0, "fft_size must be a power of two, got ",
-        fft_size);
-  check(frame_length >= 1 && frame_length <= fft_size,
-        "window must have 1 to fft_size = ", fft_size, " samples, got ", frame_length);
 
   const Tensor x = torch::stable::contiguous(waveforms), n = torch::stable::contiguous(lengths);
   const Tensor taper = torch::stable::contiguous(window), filters = torch::stable::contiguous(mel);

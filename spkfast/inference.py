@@ -21,7 +21,7 @@ from spkfast.errors import InputError
 from spkfast.frontends import FrontendSpec
 
 FORMAT_VERSION = 1
-_CONFIG, _WEIGHTS = "config.yaml", "model.safetensors"
+_CONFIG, _WEIGHTS, _METADATA = "config.yaml", "model.safetensors", "spkfast"
 
 
 class Threshold(NamedTuple):
@@ -146,17 +146,14 @@ class SpeakerEncoder:
         }
         if self.threshold is not None:
             config["threshold"] = {"value": float(self.threshold.value), "list": self.threshold.list}
-        metadata = {
-            "format_version": str(FORMAT_VERSION),
-            "frontend_hash": self.frontend.hash,
-            "frontend": json.dumps(fields),
-        }
+        facts = {"format_version": FORMAT_VERSION, "frontend_hash": self.frontend.hash, "frontend": fields}
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("new", "old"))
         try:
             fresh.mkdir()
-            save_file(tensors, fresh / _WEIGHTS, metadata=metadata)
+            # One entry: the order of several would change from file to file, and with it the file's checksum.
+            save_file(tensors, fresh / _WEIGHTS, metadata={_METADATA: json.dumps(facts, sort_keys=True)})
             (fresh / _CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
             shutil.copymode(fresh / _CONFIG, fresh / _WEIGHTS)  # the writer of the weights shuts others out
             for name in (_CONFIG, _WEIGHTS):
@@ -448,16 +445,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: damaged: {' '.join(str(error).split())}") from error
-    if metadata.get("format_version") != str(FORMAT_VERSION):
+    if metadata.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{path}: format version {metadata.get('format_version')!r}, this spkfast reads version {FORMAT_VERSION}"
         )
@@ -471,12 +468,10 @@ def _spec(fields: dict[str, Any], path: Path) -> FrontendSpec:
         raise InputError(f"{path}: front-end: {error}") from error
 
 
-def _stored_frontend(metadata: dict[str, str], path: Path) -> FrontendSpec:
-    try:
-        fields = json.loads(metadata["frontend"])
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: damaged: no front-end in its metadata") from error
-    spec = _spec(fields, path)
+def _stored_frontend(metadata: dict[str, Any], path: Path) -> FrontendSpec:
+    if not isinstance(metadata.get("frontend"), dict):
+        raise InputError(f"{path}: damaged: no front-end in its metadata")
+    spec = _spec(metadata["frontend"], path)
     if spec.hash != metadata.get("frontend_hash"):
         raise InputError(f"{path}: frontend_hash is {metadata.get('frontend_hash')}, its fields give {spec.hash}")
     return spec

@@ -136,7 +136,7 @@ def test_save_and_load(tmp_path, encoder):
     assert sorted(p.name for p in (tmp_path / "run/model").iterdir()) == ["config.yaml", "model.safetensors"]
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["model"]
     with safe_open(tmp_path / "run/model/model.safetensors", "pt") as file:
-        assert file.metadata()["frontend_hash"] == encoder.frontend.hash
+        assert json.loads(file.metadata()["spkfast"])["frontend_hash"] == encoder.frontend.hash
     for source in ("run", "run/model", "run/model/config.yaml", "run/model/model.safetensors"):
         loaded = SpeakerEncoder.load(tmp_path / source, frontend=encoder.frontend, device="cpu")
         assert loaded.threshold == (0.25, "trials.txt")
@@ -220,14 +220,15 @@ def edit_weights(folder, edit):
 
     path = folder / "model.safetensors"
     with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = json.loads(file.metadata()["spkfast"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     edit(metadata, tensors)
-    save_file(tensors, path, metadata=metadata)
+    save_file(tensors, path, metadata={"spkfast": json.dumps(metadata)})
 
 
 def change_frontend(metadata, _):
-    spec = FrontendSpec.from_dict({**json.loads(metadata["frontend"]), "window": "povey", "f_max": 7600.0})
-    metadata.update(frontend=json.dumps(spec.to_dict()), frontend_hash=spec.hash)
+    spec = FrontendSpec.from_dict({**metadata["frontend"], "window": "povey", "f_max": 7600.0})
+    metadata.update(frontend=spec.to_dict(), frontend_hash=spec.hash)
 
 
 DAMAGE = {
@@ -317,3 +318,10 @@ def test_embedding_leaves_training_mode_and_statistics_alone():
     assert torch.equal(encoder.embed_batch(clips), want)
     with pytest.raises(InputError, match="got the one path"):
         encoder.embed_batch("a.flac")
+
+
+def test_saved_files_are_equal_to_the_last_byte(tmp_path, encoder):
+    for name in "abcd":
+        encoder.save(tmp_path / name)
+    for file in ("config.yaml", "model.safetensors"):
+        assert len({(tmp_path / name / file).read_bytes() for name in "abcd"}) == 1

@@ -1,6 +1,7 @@
 """Rules of the layout that no other tool checks: packages, pins, who touches the extension, the files of an op."""
 
 import ast
+import fnmatch
 import re
 import tomllib
 from collections.abc import Iterator
@@ -100,3 +101,9 @@ def test_version_is_that_of_the_changelog():
     assert headings[0] == "Unreleased"
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
     assert not headings[1:] or headings[1] == version
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig):
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    patterns = pytestconfig.getini("norecursedirs")
+    assert not [f for f in folders for part in f.parts for pattern in patterns if fnmatch.fnmatch(part, pattern)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -39,17 +39,29 @@ def read_audio(
             do not say how long they should be: a cut file is read as far as it goes.
     """
     with _opened(source) as (name, file):
-        total = file.frames
-        wanted = max(0, total - start if num_samples is None else min(num_samples, total - start))
-        file.seek(min(start, total))
-        samples = file.read(wanted, dtype="float32", always_2d=True)
-        rate = int(file.samplerate)
-    if len(samples) < wanted:
-        raise InputError(f"{name}: the file is cut off: {len(samples)} of {wanted} samples could be read")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    if not np.isfinite(mono).all():
-        raise InputError(f"{name}: the file holds NaN or infinite samples")
-    return np.ascontiguousarray(mono), rate
+        return _read(name, file, start, file.frames if num_samples is None else num_samples)
+
+
+def read_random_part(
+    path: str | os.PathLike[str], num_samples: Callable[[int], int], rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """A part of a file, its start drawn uniformly, decoded alone; the whole file where it is shorter.
+
+    Args:
+        path: As :func:`read_audio`.
+        num_samples: Samples to read, of the file's rate in Hz.
+        rng: Draws the start.
+
+    Returns:
+        As :func:`read_audio`.
+
+    Raises:
+        InputError: As :func:`read_audio`.
+    """
+    with _opened(path) as (name, file):
+        wanted = num_samples(int(file.samplerate))
+        start = int(rng.integers(max(1, file.frames - wanted + 1)))
+        return _read(name, file, start, wanted)
 
 
 def audio_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -89,6 +101,18 @@ def resample(samples: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     import soxr
 
     return np.asarray(soxr.resample(samples, rate_in, rate_out), dtype=np.float32)
+
+
+def _read(name: str, file: Any, start: int, num_samples: int) -> tuple[np.ndarray, int]:
+    wanted = max(0, min(num_samples, file.frames - start))
+    file.seek(min(start, file.frames))
+    samples = file.read(wanted, dtype="float32", always_2d=True)
+    if len(samples) < wanted:
+        raise InputError(f"{name}: the file is cut off: {len(samples)} of {wanted} samples could be read")
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    if not np.isfinite(mono).all():
+        raise InputError(f"{name}: the file holds NaN or infinite samples")
+    return np.ascontiguousarray(mono), int(file.samplerate)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spkfast.data.audio import audio_files, audio_info, read_audio, resample
+from spkfast.data.audio import audio_files, read_audio, read_random_part, resample
 
 
 class Augment:
@@ -55,10 +55,7 @@ class Augment:
 
     def _add_noise(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         path = self._noises[rng.integers(len(self._noises))]
-        total, rate = audio_info(path)
-        wanted = -(-len(samples) * rate // self._rate)
-        start = int(rng.integers(max(1, total - wanted + 1)))
-        noise, rate = read_audio(path, start, wanted)
+        noise, rate = read_random_part(path, lambda rate: -(-len(samples) * rate // self._rate), rng)
         noise = np.resize(resample(noise, rate, self._rate), len(samples))  # a short noise repeats
         return mix(samples, noise, rng.uniform(*self._snr))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from spkfast.data.audio import audio_info, read_audio, resample
+from spkfast.data.audio import read_random_part, resample
 from spkfast.data.augment import Augment, change_speed
 from spkfast.data.lists import Utterance
 from spkfast.errors import InputError
@@ -110,14 +110,14 @@ class CropDataset(Dataset[Crop]):
         return Crop(np.zeros(self._samples, dtype=np.float32), -1, (message,))
 
     def _crop(self, utterance: Utterance, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        path = self._root / utterance.path
-        total, rate = audio_info(path)
         which = int(rng.integers(len(self._speeds)))
         speed = self._speeds[which]
-        # One sample more than needed, so that rounding in the resamplers never leaves a crop short.
-        wanted = int(np.ceil(self._samples * speed * rate / self._rate)) + 1
-        start = int(rng.integers(max(1, total - wanted + 1)))
-        samples, rate = read_audio(path, start, wanted)
+
+        def num_samples(rate: int) -> int:
+            # One more than needed, so that rounding in the resamplers never leaves a crop short.
+            return int(np.ceil(self._samples * speed * rate / self._rate)) + 1
+
+        samples, rate = read_random_part(self._root / utterance.path, num_samples, rng)
         samples = resample(samples, rate, self._rate)
         if speed != 1:
             samples = change_speed(samples, speed)

@@ -28,13 +28,7 @@ def log_mel_fbank(
     frame_lengths = count_frames(lengths, window.shape[0], frame_shift)
     spectrum = _spectrum(waveforms, lengths, window, frame_shift, fft_size, sample_scale, preemphasis, remove_dc)
     energies = (spectrum.real.square() + spectrum.imag.square()) @ mel.T
-    features = energies.clamp_min(log_floor).log()
-    padding = _padding(features, frame_lengths)
-    features = features.masked_fill(padding, 0)
-    if mean_norm:
-        mean = features.sum(dim=1, keepdim=True) / frame_lengths.clamp_min(1)[:, None, None]
-        features = (features - mean).masked_fill(padding, 0)
-    return features, frame_lengths
+    return _project(energies.clamp_min(log_floor).log(), frame_lengths, mean_norm), frame_lengths
 
 
 def log_mel_fbank_backward(
@@ -56,11 +50,7 @@ def log_mel_fbank_backward(
     if grad.shape[0] == 0 or grad.shape[1] == 0:
         return out
     frame_lengths = count_frames(lengths, window.shape[0], frame_shift)
-    padding = _padding(grad, frame_lengths)
-    grad = grad.masked_fill(padding, 0)
-    if mean_norm:
-        mean = grad.sum(dim=1, keepdim=True) / frame_lengths.clamp_min(1)[:, None, None]
-        grad = (grad - mean).masked_fill(padding, 0)
+    grad = _project(grad, frame_lengths, mean_norm)
     spectrum = _spectrum(waveforms, lengths, window, frame_shift, fft_size, sample_scale, preemphasis, remove_dc)
     energies = (spectrum.real.square() + spectrum.imag.square()) @ mel.T
     grad = torch.where(energies > log_floor, grad / energies.clamp_min(log_floor), 0)
@@ -140,9 +130,14 @@ def _spectrum(
     return torch.fft.rfft((frames - preemphasis * previous) * window, n=fft_size)
 
 
-def _padding(features: Tensor, frame_lengths: Tensor) -> Tensor:
-    frames = torch.arange(features.shape[1], device=features.device)
-    return (frames >= frame_lengths[:, None])[..., None]
+def _project(features: Tensor, frame_lengths: Tensor, mean_norm: bool) -> Tensor:
+    """Zeros past the end, and no mean over the frames where ``mean_norm``: a projection, so its own transpose."""
+    padding = (torch.arange(features.shape[1], device=features.device) >= frame_lengths[:, None])[..., None]
+    features = features.masked_fill(padding, 0)
+    if not mean_norm:
+        return features
+    mean = features.sum(dim=1, keepdim=True) / frame_lengths.clamp_min(1)[:, None, None]
+    return (features - mean).masked_fill(padding, 0)
 
 
 def _check_supported(spec: FrontendSpec) -> None:

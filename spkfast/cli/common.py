@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from spkfast.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+    from spkfast.backends import Backend
     from spkfast.evaluation import TrialResult
+    from spkfast.inference import SpeakerEncoder
 
 Item = TypeVar("Item")
 
@@ -131,6 +137,31 @@ def meter(description: str) -> Iterator[Callable[[int, int | None], None]]:
             yield update
     else:
         yield _line_meter(description)
+
+
+def embed_all(
+    encoder: SpeakerEncoder,
+    root: Path,
+    paths: list[str],
+    *,
+    backend: Backend = "auto",
+    batch_seconds: float = 60.0,
+    description: str = "embedding",
+) -> np.ndarray:
+    """Embeddings (U, E) of every path below ``root``.
+
+    Raises:
+        InputError: If one has none: without its trials, a rate would be that of another list.
+    """
+    import numpy as np
+
+    rows = []
+    found = encoder.embed_files((root / path for path in paths), backend=backend, batch_seconds=batch_seconds)
+    for embedding in progress(found, len(paths), description):
+        if isinstance(embedding, InputError):
+            raise embedding
+        rows.append(embedding.numpy())
+    return np.stack(rows)
 
 
 def print_result(result: dict[str, Any], as_json: bool, shown: dict[str, Any] | None = None) -> None:

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spkfast.backends import Backend, info
-from spkfast.cli.common import Parser, add_json, meter, print_result, progress, rates, shown_rates
+from spkfast.cli.common import Parser, add_json, embed_all, meter, print_result, progress, rates, shown_rates
 from spkfast.errors import InputError
 from spkfast.training.config import DataConfig, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from spkfast.data.lists import Trial
     from spkfast.evaluation import TrialResult
     from spkfast.inference import SpeakerEncoder
@@ -52,11 +50,11 @@ def main(argv: list[str]) -> None:
     _say("2/4 training")
     from spkfast.data.audio import audio_info
     from spkfast.data.folder import check_disjoint
-    from spkfast.data.lists import read_train_list, read_trials
+    from spkfast.data.lists import read_train_list, read_trials, trial_paths
 
     trials = read_trials(trial_list)
     check_disjoint(read_train_list(train_list), trials)
-    paths = list(dict.fromkeys(path for trial in trials for path in (trial.enrol, trial.test)))
+    paths = trial_paths(trials)
     for path in paths:  # before a minute of training rather than after
         audio_info(root / path)
     config = TrainConfig(
@@ -136,8 +134,6 @@ def _train(config: TrainConfig) -> tuple[SpeakerEncoder, SpeakerEncoder, list[st
     trainer = Trainer(config, warn=_say)
     for _ in progress(trainer.run(), config.steps, "training"):
         pass
-    if trainer.encoder is None:
-        raise InputError(f"training ended before its {config.steps} steps")
     torch.manual_seed(config.seed)
     spec = trainer.encoder.frontend
     untrained = models.create(config.model.name, feature_dim=spec.output_size, **config.model.options)
@@ -154,17 +150,12 @@ def _evaluate(
     from spkfast.evaluation import evaluate_trials
     from spkfast.functional import log_mel_fbank
 
-    def embed_all(encoder: SpeakerEncoder, backend: Backend, name: str) -> np.ndarray:
-        rows = []
-        found = encoder.embed_files((root / path for path in paths), backend=backend)
-        for embedding in progress(found, len(paths), f"embedding, {name}"):
-            if isinstance(embedding, InputError):
-                raise embedding
-            rows.append(embedding.numpy())
-        return np.stack(rows)
-
-    embeddings = {"untrained network": embed_all(untrained, "auto", "untrained network")}
-    embeddings |= {name: embed_all(trained, backend, name) for backend, name in _PATHS.items()}
+    contenders: dict[str, tuple[SpeakerEncoder, Backend]] = {"untrained network": (untrained, "auto")}
+    contenders |= {name: (trained, backend) for backend, name in _PATHS.items()}
+    embeddings = {
+        name: embed_all(encoder, root, paths, backend=backend, description=f"embedding, {name}")
+        for name, (encoder, backend) in contenders.items()
+    }
 
     some = [trained.load_audio(root / path) for path in paths[:_TIMED]]
     seconds = sum(len(w) for w in some) / trained.frontend.sample_rate

@@ -193,8 +193,7 @@ def _in_list(file: Path) -> list[str]:
     if columns == 2:
         return [utterance.path for utterance in lists.read_train_list(file)]
     if columns == 3:
-        trials = lists.read_trials(file)
-        return list(dict.fromkeys(path for trial in trials for path in (trial.enrol, trial.test)))
+        return lists.trial_paths(lists.read_trials(file))
     if columns > 3:
         raise InputError(f"{file}:{first}: expected 'path', 'speaker path' or 'label path path', got {columns} columns")
     for number, row in enumerate(rows, start=1):

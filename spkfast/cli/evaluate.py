@@ -11,8 +11,8 @@ from spkfast.cli.common import (
     add_backend,
     add_batch_seconds,
     add_json,
+    embed_all,
     print_result,
-    progress,
     rates,
     shown_rates,
 )
@@ -49,15 +49,15 @@ def main(argv: list[str]) -> None:
     if not args.trials and not args.data:
         parser.error("--trials is needed with --embeddings")
 
-    from spkfast.data.lists import read_trials
+    from spkfast.data.lists import read_trials, trial_paths
     from spkfast.evaluation import evaluate_trials
 
     names = args.trials or [str(Path(args.data) / "trials.txt")]
     lists = {name: read_trials(name) for name in names}
     started = time.monotonic()
     if args.model:
-        paths = dict.fromkeys(path for trials in lists.values() for t in trials for path in (t.enrol, t.test))
-        keys, embeddings = list(paths), _embed(args, list(paths))
+        keys = trial_paths(trial for trials in lists.values() for trial in trials)
+        embeddings = _embed(args, keys)
     else:
         from spkfast.cli.embed import read_embeddings
 
@@ -89,8 +89,6 @@ def main(argv: list[str]) -> None:
 
 
 def _embed(args: Any, paths: list[str]) -> Any:
-    import numpy as np
-
     from spkfast.inference import SpeakerEncoder
 
     root = Path(args.data)
@@ -98,14 +96,7 @@ def _embed(args: Any, paths: list[str]) -> Any:
         if not (root / path).is_file():
             raise InputError(f"{root / path}: no such file, but the trials name it")
     encoder = SpeakerEncoder.load(args.model)
-    files = (root / path for path in paths)
-    embeddings = encoder.embed_files(files, backend=args.backend, batch_seconds=args.batch_seconds)
-    rows = []
-    for embedding in progress(embeddings, len(paths), "embedding"):
-        if isinstance(embedding, InputError):  # without its trials, the figure would be that of another list
-            raise embedding
-        rows.append(embedding.numpy())
-    return np.stack(rows)
+    return embed_all(encoder, root, paths, backend=args.backend, batch_seconds=args.batch_seconds)
 
 
 def _row(name: str, result: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from spkfast.data.audio import audio_files
-from spkfast.data.lists import Trial, Utterance, speaker_of
+from spkfast.data.lists import Trial, Utterance, speaker_of, trial_paths
 from spkfast.errors import InputError
 
 
@@ -95,10 +95,9 @@ def check_disjoint(train: list[Utterance], trials: list[Trial]) -> None:
         InputError: If a speaker is in both.
     """
     seen = {utterance.speaker for utterance in train}
-    for trial in trials:
-        for path in (trial.enrol, trial.test):
-            if speaker_of(path) in seen:
-                raise InputError(f"speaker {speaker_of(path)} of the trials is in the training list")
+    for path in trial_paths(trials):
+        if speaker_of(path) in seen:
+            raise InputError(f"speaker {speaker_of(path)} of the trials is in the training list")
 
 
 def _draw(pairs: list[tuple[str, str]], most: int, rng: np.random.Generator) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from spkfast.errors import InputError
@@ -48,6 +48,11 @@ def read_trials(path: str | os.PathLike[str]) -> list[Trial]:
             raise InputError(f"{path}:{number}: the label must be 0 or 1, got {label!r}")
         trials.append(Trial(label == "1", enrol, test))
     return trials
+
+
+def trial_paths(trials: Iterable[Trial]) -> list[str]:
+    """Every path of a trial list once, in order of appearance."""
+    return list(dict.fromkeys(path for trial in trials for path in (trial.enrol, trial.test)))
 
 
 def speaker_of(path: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from spkfast.data.lists import Trial, speaker_of
+from spkfast.data.lists import Trial, speaker_of, trial_paths
 from spkfast.errors import InputError
 from spkfast.evaluation.metrics import Eer, eer, min_dcf
 
@@ -91,10 +91,9 @@ def evaluate_trials(
         InputError: If a path of the trials has no embedding, or the list lacks targets or nontargets.
     """
     row = {key: i for i, key in enumerate(keys)}
-    for trial in trials:
-        for path in (trial.enrol, trial.test):
-            if path not in row:
-                raise InputError(f"{path}: the trials name this path, but it has no embedding")
+    for path in trial_paths(trials):
+        if path not in row:
+            raise InputError(f"{path}: the trials name this path, but it has no embedding")
     enrol, test = [trial.enrol for trial in trials], [trial.test for trial in trials]
     scores = cosine_scores(embeddings, np.array([row[p] for p in enrol]), np.array([row[p] for p in test]))
     labels = np.array([int(trial.target) for trial in trials])

@@ -9,7 +9,7 @@ from typing import Any
 
 from spkfast.cli.common import BadFiles, print_result, progress
 from spkfast.errors import InputError, nearest
-from spkfast.training.config import TrainConfig
+from spkfast.training.config import TrainConfig, flatten
 
 HELP = "train a speaker network, or resume a run that was cut off"
 
@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, bool]:
             argv.append(f"--{key}=true")
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--config")
-    known = _keys(TrainConfig)
+    known = _keys()
     for position, argument in enumerate(argv):
         option, _, value = argument.partition("=")
         if option == "--config":
@@ -105,17 +105,10 @@ def _flat(content: dict[str, Any], known: list[str], prefix: str = "") -> list[s
     return keys
 
 
-def _keys(config: Any, prefix: str = "") -> list[str]:
+def _keys() -> list[str]:
     """Dotted names of all fields, sections included."""
-    import typing
-
-    hints = typing.get_type_hints(config)
-    keys = []
-    for field in dataclasses.fields(config):
-        keys.append(prefix + field.name)
-        if dataclasses.is_dataclass(hints[field.name]):
-            keys += _keys(hints[field.name], f"{prefix}{field.name}.")
-    return keys
+    leaves = list(flatten(TrainConfig()))
+    return [*leaves, *dict.fromkeys(leaf.rpartition(".")[0] for leaf in leaves if "." in leaf)]
 
 
 def _is_known(key: str, known: list[str]) -> bool:

@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 
 
 def save(folder: Path, step: int, config: dict[str, Any], keep: int, accelerator: Any) -> None:
-    """Write ``folder/step_<step>`` with the accelerator's whole state, and drop all but the newest ``keep``."""
+    """Write ``folder/step_<step>`` with the accelerator's whole state; keep the newest ``keep``, at least 1."""
     final = folder / f"step_{step:08d}"
     partial = folder / f".partial_{step:08d}"
     if accelerator.is_main_process:
@@ -31,7 +31,7 @@ def save(folder: Path, step: int, config: dict[str, Any], keep: int, accelerator
             os.fsync(handle.fileno())
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    for old in checkpoints(folder)[:-keep] if keep else []:
+    for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
 

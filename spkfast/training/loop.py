@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +20,10 @@ from spkfast.data.crops import Crop, CropDataset, StepSampler
 from spkfast.data.lists import read_train_list
 from spkfast.errors import InputError
 from spkfast.frontends import FrontendSpec, frontend
+from spkfast.inference import SpeakerEncoder
 from spkfast.nn.margin_softmax import MarginSoftmaxLoss, MarginStats
 from spkfast.training import checkpoint, schedule
 from spkfast.training.config import FREE_ON_RESUME, OptimizerConfig, TrainConfig, flatten
-
-if TYPE_CHECKING:
-    from spkfast.inference import SpeakerEncoder
-
 
 # Smallest sensible values. Batch norm needs two rows to have a variance.
 _LEAST = {
@@ -65,13 +62,14 @@ class SpeakerTask(nn.Module):
 class Trainer:
     """A training run; one that was cut off goes on, with ``resume``, to the same weights.
 
-    Iterating over :meth:`run` trains. Afterwards the encoder is in ``encoder`` and saved in ``out/model``.
+    Iterating over :meth:`run` trains, and saves the encoder in ``out/model`` at the end.
 
     Args:
         config: The run.
         warn: Called with one line for each file that could not be read.
 
     Attributes:
+        encoder: The network that is trained, with its front-end.
         first_step: Steps that were already done.
         bad_files: What was wrong with each file passed over.
 
@@ -92,6 +90,8 @@ class Trainer:
                 f"{self.folder}: holds checkpoints of an earlier run; resume it with --resume or choose another --out"
             )
         self._spec = frontend(config.frontend.preset, **config.frontend.options)
+        if config.data.crop_seconds * self._spec.sample_rate < self._spec.frame_length:
+            raise InputError(f"data.crop_seconds={config.data.crop_seconds} is shorter than one frame")
         self.dataset = _dataset(config, self._spec)
         if len(self.dataset.speakers) < 2:
             raise InputError(
@@ -103,12 +103,12 @@ class Trainer:
             project_dir=str(self.folder),
         )
         set_seed(config.seed)
-        if config.data.crop_seconds * self._spec.sample_rate < self._spec.frame_length:
-            raise InputError(f"data.crop_seconds={config.data.crop_seconds} is shorter than one frame")
         try:
             net = models.create(config.model.name, **{"feature_dim": self._spec.output_size, **config.model.options})
+        except InputError:
+            raise
         except (TypeError, ValueError, RuntimeError) as error:
-            raise error if isinstance(error, InputError) else InputError(f"model.options: {error}") from error
+            raise InputError(f"model.options: {error}") from error
         head = MarginSoftmaxLoss(
             net.embedding_dim, self.dataset.num_classes, margin=config.loss.margin, scale=config.loss.scale,
             easy_margin=config.loss.easy_margin, fallback=config.loss.fallback,
@@ -122,7 +122,7 @@ class Trainer:
         }
         self.first_step = checkpoint.load(found[-1], self._settings, FREE_ON_RESUME, self._accelerator) if found else 0
         self.bad_files: list[str] = []
-        self.encoder: SpeakerEncoder | None = None
+        self.encoder = SpeakerEncoder(net, self._spec)
 
     @property
     def is_main_process(self) -> bool:
@@ -215,9 +215,7 @@ class Trainer:
                 self._warn(error)
 
     def _finish(self) -> None:
-        from spkfast.inference import SpeakerEncoder
-
-        self.encoder = SpeakerEncoder(self._task.net.eval(), self._spec)
+        self._wrapped.eval()
         if self.is_main_process:
             self.encoder.save(self.folder / "model")
         self._accelerator.wait_for_everyone()

@@ -5,7 +5,7 @@
 
 // clang-format off
 STABLE_TORCH_LIBRARY(spkfast, m) {
-  m.def("log_mel_fbank(Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, int frame_shift, int fft_size, float sample_scale, float preemphasis, bool remove_dc, float log_floor, bool mean_norm) -> (Tensor features, Tensor frame_lengths)");
-  m.def("log_mel_fbank_backward(Tensor grad, Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, int frame_shift, int fft_size, float sample_scale, float preemphasis, bool remove_dc, float log_floor, bool mean_norm) -> Tensor");
+  m.def("log_mel_fbank(Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, Tensor? cosines, Tensor? seeds, Tensor? masks, int[] integers, float[] floats, ScalarType dtype, bool validate) -> (Tensor features, Tensor frame_lengths)");
+  m.def("log_mel_fbank_backward(Tensor grad, Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, Tensor? cosines, Tensor? seeds, Tensor? masks, int[] integers, float[] floats, ScalarType dtype, bool validate) -> Tensor");
 }
 // clang-format on

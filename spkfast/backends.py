@@ -193,6 +193,18 @@ def _version(package: str) -> str | None:
         return None
 
 
+def compiled_module() -> Any:
+    """The pybind11 module, which holds what is not a tensor op.
+
+    Raises:
+        InputError: If it was not built.
+    """
+    try:
+        return importlib.import_module("spkfast._C")
+    except ImportError as error:
+        raise InputError(f"the module spkfast._C cannot be imported: {error}; {_REBUILD}") from error
+
+
 def _build_info() -> dict[str, str]:
     try:
         return dict(importlib.import_module("spkfast._C").build_info())
@@ -205,3 +217,5 @@ def _cpu_level() -> str:
         return str(importlib.import_module("spkfast._C").cpu_level())
     except ImportError:
         return "unknown: the module spkfast._C is not built"
+    except ValueError as error:
+        raise InputError(str(error)) from None

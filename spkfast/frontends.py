@@ -10,9 +10,19 @@ from typing import Any
 
 from spkfast.errors import InputError, nearest
 
-_PREEMPHASIS_MODES = ("frame", "signal")
-_WINDOWS = ("hamming", "hann", "povey", "rectangular")
-_LOGS = ("ln", "db", "none")
+_CHOICES = {
+    "waveform_norm": ("none", "mean_std", "instance"),
+    "preemphasis_mode": ("frame", "signal", "signal_zero"),
+    "window": ("hamming", "hann", "povey", "blackman", "rectangular"),
+    "pad_mode": ("reflect", "constant", "none"),
+    "power": (1.0, 2.0),
+    "mel_scale": ("kaldi", "htk", "slaney", "speechbrain", "redimnet2"),
+    "mel_norm": ("none", "slaney"),
+    "log": ("ln", "db", "none"),
+}
+# Fields that came after the first release of the hash: they count where they differ from their defaults, so that a
+# front-end which does not use them keeps its hash.
+_ADDED_FIELDS = ("pad_samples", "drop_last_frame", "var_eps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,39 +32,51 @@ class FrontendSpec:
     Attributes:
         sample_rate: Sampling rate in Hz.
         sample_scale: Factor on samples in [-1, 1] before anything else; 32768 gives the 16-bit range of Kaldi.
-        waveform_norm: Utterance-level waveform normalisation: ``none``, ``mean_std`` or ``instance``.
+        waveform_norm: Utterance-level waveform normalisation, first of all: ``none``; ``mean_std``, zero mean and unit
+            standard deviation, to which 1e-8 is added; ``instance``, the same with 1e-4 added to the variance instead.
+            Both are biased.
         preemphasis: Pre-emphasis coefficient; 0 switches it off.
-        preemphasis_mode: ``frame`` filters each frame (first sample against itself, Kaldi), ``signal`` the waveform.
+        preemphasis_mode: ``frame`` filters each frame (first sample against itself, Kaldi); ``signal`` the waveform,
+            with its second sample reflected before the first; ``signal_zero`` the waveform with a zero before it.
         remove_dc: Subtract the mean of each frame, before pre-emphasis.
         frame_length_ms: Window length in milliseconds.
         frame_shift_ms: Hop in milliseconds.
-        n_fft: FFT size; 0 means the window length.
+        n_fft: FFT size; 0 means the window length. Shorter frames are padded with zeros.
         round_to_power_of_two: Round ``n_fft`` up to a power of two.
-        window: ``hamming``, ``hann``, ``povey`` or ``rectangular``.
+        window: ``hamming``, ``hann``, ``povey``, ``blackman`` or ``rectangular``.
         window_periodic: Periodic instead of symmetric window.
-        snip_edges: Only frames that lie wholly inside the signal (Kaldi).
-        center: Frames centred on multiples of the hop, the signal padded at both ends.
-        pad_mode: Padding where ``center`` is set: ``reflect`` or ``constant``.
+        snip_edges: Only frames that lie wholly inside the signal; else one per hop, centred on its middle, the signal
+            reflected at its ends with the edge repeated (Kaldi). Does not count where ``center`` is set.
+        pad_samples: Samples by which the signal is padded at each end, by ``pad_mode``, before edges are snipped.
+        center: The window in the middle of a frame of ``n_fft`` samples, as STFT functions place it.
+        pad_mode: Padding of the signal by half of ``n_fft`` where ``center`` is set: ``reflect``, ``constant`` (zeros)
+            or ``none``, which leaves frames that lie wholly inside. A signal too short for one reflection is
+            reflected again.
+        drop_last_frame: Leave the last frame out, which with ``center`` lies half past the end (NeMo).
         power: Exponent on the magnitude spectrum: 2 for power, 1 for magnitude.
-        spectrum_clip: Lower and upper bound on the spectrum, or None.
+        spectrum_clip: Lower and upper bound on the spectrum, and again on the filter outputs, or None.
         n_mels: Mel bins; 0 keeps the plain spectrum.
-        mel_scale: ``kaldi``, ``htk`` or ``slaney``.
+        mel_scale: ``kaldi``, triangles over the mel axis without the Nyquist bin; ``htk``, the same mels with triangles
+            over hertz; ``speechbrain``, those with both sides as wide as the left one; ``slaney``, Slaney's mels
+            with triangles over hertz; ``redimnet2``, ``kaldi`` with its bins stretched until the last one below the
+            Nyquist frequency lies on it.
         mel_norm: Area normalisation of the filters: ``none`` or ``slaney``.
         f_min: Lower edge of the lowest filter in Hz.
         f_max: Upper edge of the highest filter in Hz; 0 or less is counted from the Nyquist frequency.
         use_energy: Prepend the log energy of the frame.
         raw_energy: Take that energy before pre-emphasis and windowing.
-        energy_floor: Lower bound on that energy.
-        htk_compat: Put the energy last.
-        num_ceps: Cepstra kept after a DCT; 0 keeps log-mel.
-        cepstral_lifter: Lifter coefficient of the cepstra.
+        energy_floor: Lower bound on that energy, at least 2**-23.
+        htk_compat: Put the energy, or the zeroth cepstrum times the square root of 2, last.
+        num_ceps: Cepstra kept after a DCT; 0 keeps log-mel. The energy replaces the zeroth.
+        cepstral_lifter: Lifter coefficient of the cepstra; 0 for none.
         log: ``ln``, ``db`` (10 log10) or ``none``.
         log_floor: Lower bound before the logarithm.
         log_offset: Constant added before the logarithm.
-        top_db: Floor below the utterance maximum in decibels, or None.
+        top_db: Floor this far below the maximum of the utterance, in the unit of the features, or None.
         mean_norm: Subtract the mean over the frames of the utterance, per bin.
         std_norm: Divide by the standard deviation over the frames of the utterance, per bin.
-        std_unbiased: Unbiased standard deviation.
+        std_unbiased: Unbiased standard deviation; that of a single frame is taken as 0.
+        var_eps: Added to the variance.
         std_eps: Added to the standard deviation.
         pad_frames_to: Zero-pad the number of frames to a multiple of this; 1 for none.
         dither: Standard deviation of the noise added in training, in units of the scaled samples.
@@ -73,8 +95,10 @@ class FrontendSpec:
     window: str = "povey"
     window_periodic: bool = False
     snip_edges: bool = True
+    pad_samples: int = 0
     center: bool = False
     pad_mode: str = "reflect"
+    drop_last_frame: bool = False
     power: float = 2.0
     spectrum_clip: tuple[float, float] | None = None
     n_mels: int = 80
@@ -95,6 +119,7 @@ class FrontendSpec:
     mean_norm: bool = False
     std_norm: bool = False
     std_unbiased: bool = False
+    var_eps: float = 0.0
     std_eps: float = 0.0
     pad_frames_to: int = 1
     dither: float = 0.0
@@ -103,12 +128,26 @@ class FrontendSpec:
         if self.spectrum_clip is not None:  # YAML and JSON give a list
             object.__setattr__(self, "spectrum_clip", tuple(self.spectrum_clip))
         self._check_types()
-        for name, allowed in (("preemphasis_mode", _PREEMPHASIS_MODES), ("window", _WINDOWS), ("log", _LOGS)):
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         for name in ("sample_rate", "sample_scale", "frame_length_ms", "frame_shift_ms"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name in (
+            "n_fft", "pad_samples", "n_mels", "num_ceps", "energy_floor", "log_floor", "log_offset", "cepstral_lifter",
+            "top_db", "var_eps", "std_eps", "dither",
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)!r}")
+        if self.pad_frames_to < 1:
+            raise InputError(f"pad_frames_to must be at least 1, got {self.pad_frames_to}")
+        if self.num_ceps > self.n_mels:
+            raise InputError(f"num_ceps={self.num_ceps} cepstra need as many mel bins, n_mels is {self.n_mels}")
+        if self.spectrum_clip is not None and not (
+            len(self.spectrum_clip) == 2 and 0 <= self.spectrum_clip[0] < self.spectrum_clip[1]
+        ):
+            raise InputError(f"spectrum_clip must be two rising bounds or null, got {list(self.spectrum_clip)}")
         if self.frame_length < 2:
             raise InputError(f"frame_length_ms={self.frame_length_ms} is less than 2 samples at {self.sample_rate} Hz")
         if 0 < self.n_fft < self.frame_length:
@@ -161,7 +200,9 @@ class FrontendSpec:
     @property
     def hash(self) -> str:
         """Stable hex digest of all fields."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        fields, defaults = self.to_dict(), {field.name: field.default for field in dataclasses.fields(self)}
+        counted = {k: v for k, v in fields.items() if k not in _ADDED_FIELDS or v != defaults[k]}
+        text = json.dumps(counted, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,18 +238,54 @@ class FrontendSpec:
         return "; ".join(f"{k}: {mine[k]!r} here, {theirs[k]!r} there" for k in mine if mine[k] != theirs[k])
 
 
+_SIGNAL_STFT = {  # a power STFT of the padded waveform, as torch users write it
+    "sample_scale": 1.0, "preemphasis_mode": "signal", "remove_dc": False, "n_fft": 512, "window": "hamming",
+    "window_periodic": True, "center": True, "mel_scale": "htk", "log_floor": 0.0, "log_offset": 1e-6,
+}  # fmt: skip
+_INSTANCE_NORM = {"mean_norm": True, "std_norm": True, "var_eps": 1e-5}
+_CLOVA = {**_SIGNAL_STFT, **_INSTANCE_NORM, "f_min": 0.0, "n_mels": 40}
+
 _PRESETS: dict[str, dict[str, Any]] = {
-    "kaldi": {"sample_scale": 32768.0, "window": "povey"},
-    "wespeaker": {"sample_scale": 32768.0, "window": "hamming", "mean_norm": True},
-    "3dspeaker": {"sample_scale": 1.0, "window": "povey", "mean_norm": True},
-}
+    "kaldi": {},
+    "wespeaker": {"window": "hamming", "mean_norm": True},
+    "3dspeaker": {"sample_scale": 1.0, "mean_norm": True},
+    "speechbrain": {
+        "sample_scale": 1.0, "preemphasis": 0.0, "remove_dc": False, "n_fft": 400, "round_to_power_of_two": False,
+        "window": "hamming", "window_periodic": True, "center": True, "pad_mode": "constant",
+        "mel_scale": "speechbrain", "f_min": 0.0, "log": "db", "log_floor": 1e-10, "top_db": 80.0, "mean_norm": True,
+    },
+    "taoruijie": {**_SIGNAL_STFT, "f_max": 7600.0, "mean_norm": True},
+    "clova_l": {**_CLOVA, "preemphasis": 0.0},
+    "clova_v2": {**_CLOVA, "n_mels": 64},
+    "vgg": {**_CLOVA, "preemphasis": 0.0, "window": "hann"},
+    "thin": {
+        **_CLOVA, "sample_scale": 32768.0, "preemphasis": 0.0, "window": "hann", "pad_mode": "none", "power": 1.0,
+        "n_mels": 0, "log": "none", "log_offset": 0.0,
+    },
+    "redimnet": {**_SIGNAL_STFT, "f_max": 7600.0, "n_mels": 72, "mean_norm": True},
+    "redimnet2": {
+        "sample_scale": 1.0, "waveform_norm": "mean_std", "preemphasis_mode": "signal", "remove_dc": False,
+        "window": "hamming", "pad_samples": 80, "pad_mode": "constant", "spectrum_clip": (1e-8, 1e8), "n_mels": 72,
+        "mel_scale": "redimnet2", "f_max": 7600.0, "log_floor": 0.0, "log_offset": 1e-8, "mean_norm": True,
+    },
+    "titanet": {
+        "sample_scale": 1.0, "preemphasis_mode": "signal_zero", "remove_dc": False, "n_fft": 512, "window": "hann",
+        "center": True, "pad_mode": "constant", "drop_last_frame": True, "mel_scale": "slaney", "mel_norm": "slaney",
+        "f_min": 0.0, "log_floor": 0.0, "log_offset": 2.0**-24, "mean_norm": True, "std_norm": True,
+        "std_unbiased": True, "std_eps": 1e-5, "pad_frames_to": 16, "dither": 1e-5,
+    },
+    "mfcc": {"n_mels": 23, "num_ceps": 13},
+}  # fmt: skip
+_PRESETS["espnet"] = _PRESETS["taoruijie"]
 
 
 def frontend(preset: str, **fields: Any) -> FrontendSpec:
     """The front-end of a toolkit, with any field replaced by keyword.
 
     Args:
-        preset: ``kaldi``, ``wespeaker`` or ``3dspeaker``.
+        preset: ``kaldi``, ``wespeaker``, ``3dspeaker``, ``speechbrain``, ``taoruijie`` (the same as ``espnet``),
+            ``clova_l`` and ``clova_v2`` (voxceleb_trainer's ResNetSE34L and V2), ``vgg`` (its VGGVox), ``thin`` (its
+            Thin ResNet-34), ``redimnet``, ``redimnet2``, ``titanet`` or ``mfcc`` (Kaldi's).
         **fields: Fields of :class:`FrontendSpec`.
 
     Raises:

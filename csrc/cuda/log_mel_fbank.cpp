@@ -9,7 +9,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
+#include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../log_mel_fbank.h"
 #include "log_mel_fbank.cuh"
@@ -20,53 +22,111 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> log_mel_fbank(const Tensor& waveforms, const Tensor& lengths,
-                                         const Tensor& window, const Tensor& mel,
-                                         int64_t frame_shift, int64_t fft_size, double sample_scale,
-                                         double preemphasis, bool remove_dc, double log_floor,
-                                         bool mean_norm) {
-  check_log_mel_fbank(waveforms, lengths, window, mel, frame_shift, fft_size);
-  const int64_t batch = waveforms.size(0), samples = waveforms.size(1);
-  for (const Tensor* tensor : {&lengths, &window, &mel}) {
+FloatType float_type(ScalarType dtype) {
+  check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+        "dtype must be Float, Half or BFloat16 on CUDA, got ", torch::headeronly::toString(dtype));
+  if (dtype == ScalarType::Half) return FloatType::kHalf;
+  return dtype == ScalarType::BFloat16 ? FloatType::kBfloat16 : FloatType::kFloat;
+}
+
+int32_t narrow(const char* name, int64_t value) {
+  check(
+      value >= std::numeric_limits<int32_t>::min() && value <= std::numeric_limits<int32_t>::max(),
+      name, " must fit 32 bits, got ", value);
+  return static_cast<int32_t>(value);
+}
+
+std::tuple<Tensor, Tensor> log_mel_fbank(
+    const Tensor& waveforms, const Tensor& lengths, const Tensor& window, const Tensor& mel,
+    const std::optional<Tensor>& cosines, const std::optional<Tensor>& seeds,
+    const std::optional<Tensor>& masks, const std::vector<int64_t>& integers,
+    const std::vector<double>& floats, ScalarType dtype, bool /*validate*/) {
+  const LogMelFbankSettings s =
+      check_log_mel_fbank(waveforms, lengths, window, mel, cosines, seeds, masks, integers, floats);
+  const auto contiguous = [&](const Tensor* tensor) -> std::optional<Tensor> {
+    if (!tensor) return std::nullopt;
     check(tensor->is_cuda() && tensor->get_device_index() == waveforms.get_device_index(),
-          "lengths, window and mel must be on the device of waveforms");
-  }
-  const int64_t frame_length = window.size(0), mels = mel.size(0);
-  check(frame_shift <= std::numeric_limits<int32_t>::max(), "frame_shift must fit 32 bits, got ",
-        frame_shift);
-  check(fft_size <= kMaxLogMelFbankFftSize, "fft_size must be at most ", kMaxLogMelFbankFftSize,
-        " on CUDA, got ", fft_size);
-  check(mels >= 1, "mel must have at least one row");
-
+          "all tensors must be on the device of waveforms");
+    return torch::stable::contiguous(*tensor);
+  };
+  const auto given = [](const std::optional<Tensor>& tensor) {
+    return tensor ? &*tensor : nullptr;
+  };
   const torch::stable::accelerator::DeviceGuard guard(waveforms.get_device_index());
-  const Tensor x = torch::stable::contiguous(waveforms), n = torch::stable::contiguous(lengths);
-  const Tensor taper = torch::stable::contiguous(window), filters = torch::stable::contiguous(mel);
-  const int64_t frames = samples < frame_length ? 0 : (samples - frame_length) / frame_shift + 1;
-  Tensor features = torch::stable::new_empty(x, {batch, frames, mels});
-  Tensor frame_lengths = torch::stable::new_empty(n, {batch});
-  Tensor ranges = torch::stable::new_empty(n, {mels, 2}, ScalarType::Int);
+  const Tensor x = *contiguous(&waveforms), n = *contiguous(&lengths);
+  const Tensor taper = *contiguous(&window), filters = *contiguous(&mel);
+  const auto transform = contiguous(given(cosines)), noise = contiguous(given(seeds)),
+             zeros = contiguous(given(masks));
 
-  const LogMelFbankParams params = {
-      .waveforms = x.const_data_ptr<float>(),
+  const int64_t batch = x.size(0), samples = x.size(1), mels = filters.size(0);
+  const int64_t cepstra = transform ? transform->size(0) : 0;
+  check(log_mel_fbank_takes(s.fft_size, s.frame_shift, mels, cepstra),
+        "on CUDA, fft_size must be twice a product of 2, 3 and 5 and at most ",
+        kMaxLogMelFbankFftSize, ", frame_shift no longer than that, and mel of 1 to ",
+        kMaxLogMelFbankRows, " rows; got ", s.fft_size, ", ", s.frame_shift, " and ", mels);
+  check(samples <= kMaxLogMelFbankSamples, "on CUDA, rows must have at most ",
+        kMaxLogMelFbankSamples, " samples, got ", samples);
+  const int64_t frames = s.padded_frames(samples);
+  const int64_t columns = (transform ? cepstra : mels) + (s.energy ? 1 : 0);
+  Tensor features = torch::stable::new_empty(x, {batch, frames, columns}, dtype);
+  Tensor frame_lengths = torch::stable::new_empty(n, {batch});
+  const bool is_int16 = x.scalar_type() == ScalarType::Short;
+
+  LogMelFbankParams params = {
+      .waveforms = is_int16 ? static_cast<const void*>(x.const_data_ptr<int16_t>())
+                            : static_cast<const void*>(x.const_data_ptr<float>()),
       .lengths = n.const_data_ptr<int64_t>(),
       .window = taper.const_data_ptr<float>(),
       .mel = filters.const_data_ptr<float>(),
-      .features = features.mutable_data_ptr<float>(),
+      .cosines = transform ? transform->const_data_ptr<float>() : nullptr,
+      .seeds = noise ? noise->const_data_ptr<int64_t>() : nullptr,
+      .masks = zeros ? zeros->const_data_ptr<int64_t>() : nullptr,
+      .features = features.mutable_data_ptr(),
       .frame_lengths = frame_lengths.mutable_data_ptr<int64_t>(),
-      .mel_ranges = ranges.mutable_data_ptr<int32_t>(),
+      .workspace = nullptr,
       .batch = batch,
       .num_samples = samples,
       .num_frames = frames,
-      .frame_length = static_cast<int32_t>(frame_length),
-      .frame_shift = static_cast<int32_t>(frame_shift),
-      .fft_size = static_cast<int32_t>(fft_size),
-      .num_mels = static_cast<int32_t>(mels),
-      .sample_scale = static_cast<float>(sample_scale),
-      .preemphasis = static_cast<float>(preemphasis),
-      .log_floor = static_cast<float>(log_floor),
-      .remove_dc = remove_dc,
-      .mean_norm = mean_norm,
+      .num_masks = zeros ? zeros->size(1) : 0,
+      .frame_length = narrow("window", taper.size(0)),
+      .num_mels = narrow("mel", mels),
+      .num_cosines = narrow("cosines", cepstra),
+      .frame_shift = narrow("frame_shift", s.frame_shift),
+      .fft_size = narrow("fft_size", s.fft_size),
+      .first_frame = narrow("first_frame", s.first_frame),
+      .offset = narrow("offset", s.offset),
+      .padding = narrow("padding", s.padding),
+      .waveform_norm = narrow("waveform_norm", s.waveform_norm),
+      .preemphasis_mode = narrow("preemphasis_mode", s.preemphasis_mode),
+      .energy = narrow("energy", s.energy),
+      .type = float_type(dtype),
+      .sample_scale = static_cast<float>(s.sample_scale),
+      .preemphasis = static_cast<float>(s.preemphasis),
+      .spectrum_low = static_cast<float>(s.spectrum_low),
+      .spectrum_high = static_cast<float>(s.spectrum_high),
+      .energy_floor = static_cast<float>(s.energy_floor),
+      .log_floor = static_cast<float>(s.log_floor),
+      .log_offset = static_cast<float>(s.log_offset),
+      .log_scale = static_cast<float>(s.log_scale),
+      .top_db = static_cast<float>(s.top_db),
+      .var_eps = static_cast<float>(s.var_eps),
+      .std_eps = static_cast<float>(s.std_eps),
+      .dither = static_cast<float>(s.dither),
+      .is_int16 = is_int16,
+      .remove_dc = s.remove_dc,
+      .magnitude = s.magnitude,
+      .energy_last = s.energy_last,
+      .mean_norm = s.mean_norm,
+      .std_norm = s.std_norm,
+      .std_unbiased = s.std_unbiased,
   };
+  size_t needed = 0;
+  STD_CUDA_CHECK(log_mel_fbank_workspace(params, needed));
+  std::optional<Tensor> workspace;
+  if (needed > 0) {
+    workspace = torch::stable::new_empty(x, {static_cast<int64_t>(needed)}, ScalarType::Float);
+    params.workspace = workspace->mutable_data_ptr<float>();
+  }
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   STD_CUDA_CHECK(launch_log_mel_fbank(params, static_cast<cudaStream_t>(stream)));

@@ -4,5 +4,6 @@ from spkfast.nn.fbank import Fbank
 from spkfast.nn.margin_softmax import MarginSoftmaxLoss
 from spkfast.nn.pooling import AttentiveStatsPool
 from spkfast.nn.se_res2net import SERes2NetBlock
+from spkfast.nn.spec_augment import SpecAugment
 
-__all__ = ["AttentiveStatsPool", "Fbank", "MarginSoftmaxLoss", "SERes2NetBlock"]
+__all__ = ["AttentiveStatsPool", "Fbank", "MarginSoftmaxLoss", "SERes2NetBlock", "SpecAugment"]

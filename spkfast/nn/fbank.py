@@ -2,37 +2,83 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from spkfast import functional
+from spkfast import frontend_tables, functional
 from spkfast.backends import Backend
 from spkfast.frontends import FrontendSpec
-from spkfast.reference.log_mel_fbank import fbank_tables
+from spkfast.nn.spec_augment import SpecAugment
+from spkfast.reference.log_mel_fbank import count_frames
 
 
 class Fbank(nn.Module):
-    """Log-mel filterbank features of padded waveforms; it has no parameters.
+    """Acoustic features of padded waveforms; it has no parameters.
+
+    In training mode each utterance gets the noise of ``spec.dither`` and the masks of ``spec_augment``, in evaluation
+    mode neither.
 
     Args:
         spec: The front-end.
+        spec_augment: Masks to draw in training, or None.
+        dtype: See :func:`spkfast.functional.log_mel_fbank`.
         backend: See :func:`spkfast.functional.log_mel_fbank`.
         validate: See :func:`spkfast.functional.log_mel_fbank`.
-
-    Raises:
-        InputError: If the spec asks for what the op does not compute.
     """
 
-    def __init__(self, spec: FrontendSpec, *, backend: Backend = "auto", validate: bool = True) -> None:
+    def __init__(
+        self,
+        spec: FrontendSpec,
+        *,
+        spec_augment: SpecAugment | None = None,
+        dtype: torch.dtype | None = None,
+        backend: Backend = "auto",
+        validate: bool = True,
+    ) -> None:
         super().__init__()
-        fbank_tables(spec)  # raises here, not at the first call
-        self.spec, self.backend, self.validate = spec, backend, validate
+        self.spec, self.spec_augment, self.dtype = spec, spec_augment, dtype
+        self.backend, self.validate = backend, validate
+        self._settings = frontend_tables.settings(spec)
 
-    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Features (B, T, M) and frames per utterance (B,) of waveforms (B, S) with ``lengths`` (B,) samples."""
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor | None = None, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features of waveforms.
+
+        Args:
+            waveforms: Samples in [-1, 1], shape (B, S).
+            lengths: Samples per utterance, int64, shape (B,); None means that all have S.
+            seeds: One int64 per utterance, shape (B,), that decides its noise and its masks; None draws them from
+                torch's default generator of the device. They count in training mode alone.
+
+        Returns:
+            Features (B, T, D) and frames per utterance (B,).
+
+        Raises:
+            InputError: As :func:`spkfast.functional.log_mel_fbank` does.
+        """
+        masks = None
+        if not self.training or (self.spec_augment is None and not self.spec.dither):
+            seeds = None
+        elif seeds is None:
+            seeds = torch.randint(2**63 - 1, waveforms.shape[:1], device=waveforms.device)
+        if seeds is not None and self.spec_augment is not None:
+            samples = torch.full_like(seeds, waveforms.shape[-1]) if lengths is None else lengths
+            frame_lengths = count_frames(samples, self._settings)
+            masks = self.spec_augment.masks(frame_lengths, self.spec.output_size, seeds)
         return functional.log_mel_fbank(
-            waveforms, lengths, spec=self.spec, backend=self.backend, validate=self.validate
+            waveforms,
+            lengths,
+            spec=self.spec,
+            seeds=seeds,
+            masks=masks,
+            dtype=self.dtype,
+            backend=self.backend,
+            validate=self.validate,
         )
 
     def extra_repr(self) -> str:
         """The settings that tell two front-ends apart at a glance."""
-        return f"{self.spec.n_mels} mels, window={self.spec.window!r}, hash={self.spec.hash}, backend={self.backend!r}"
+        settings = f"{self.spec.output_size} values, window={self.spec.window!r}, hash={self.spec.hash}"
+        augment = "" if self.spec_augment is None else f", {self.spec_augment}"
+        return f"{settings}, backend={self.backend!r}{augment}"

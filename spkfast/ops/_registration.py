@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,28 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(first, *args)
 
     return wrapped
+
+
+def gradient_of(reference: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The gradient of a definition's first output with respect to its first argument, by differentiating it."""
+
+    def formula(grad: Tensor, first: Tensor, *args: Any) -> Tensor:
+        # Inside an op autograd is switched off, and under a dispatch mode (FlopCounterMode) functorch is too.
+        included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        for name, key in torch._C.DispatchKey.__members__.items():
+            if "Autograd" in name or "FuncTorch" in name:
+                excluded = excluded.remove(key)
+        with torch._C._ForceDispatchKeyGuard(included, excluded):
+            pull_back = torch.func.vjp(lambda value: reference(value, *args)[0], first)[1]
+            (gradient,) = pull_back(grad)
+            return cast(Tensor, gradient.contiguous())
+
+    signature = inspect.signature(reference)
+    grad = inspect.Parameter("grad", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor)
+    formula.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[grad, *signature.parameters.values()], return_annotation=Tensor
+    )
+    return formula
 
 
 def register_op(
@@ -52,11 +75,12 @@ def register_op(
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-        ctx.settings = tuple(value for value in inputs if not isinstance(value, Tensor))
+        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
 
     def gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        others = len(ctx.saved_tensors) + len(ctx.settings) - 1
-        return (backward_op(grad, *ctx.saved_tensors, *ctx.settings), *[None] * others)
+        tensors = iter(ctx.saved_tensors)
+        inputs = [next(tensors) if other is None else other[0] for other in ctx.others]
+        return (backward_op(grad, *inputs), *[None] * (len(inputs) - 1))
 
     def forward(*args: Any) -> Any:
         # Imported on first use: triton takes a while, and most machines never run it.

@@ -13,6 +13,18 @@ from benchmarks import checkout
 from tests.conftest import require
 
 TARGETS = ("80", "90", "100")
+# The most registers that a thread may take for as many blocks to run at once as the kernel is laid out for, by a part
+# of the mangled name; the shared memory that goes with them is in the op's test under the SIMT shim.
+REGISTERS = {
+    "log_mel_fbank": {
+        "UnrolledILi16ELi16ELi400ELi256E": 65536 // (2 * 256),
+        "UnrolledILi10ELi20ELi400ELi192E": 65536 // (2 * 192),
+        "UnrolledILi8ELi16ELi200ELi256E": 65536 // (2 * 256),
+        "7General": 65536 // (4 * 128),
+        "log_mel_fbank_norm_kernel": 65536 // (2 * 512),
+        "log_mel_fbank_waveform_kernel": 65536 // 1024,
+    }
+}
 _KERNEL = re.compile(
     r"Compiling entry function '(\S+)' for '(\S+)'.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -47,13 +59,15 @@ def test_compiles_without_spills(path: Path, tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = _KERNEL.findall(result.stdout + result.stderr)
-    names = re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)", path.read_text())
+    names = re.findall(r"__global__ void\s+(?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(", path.read_text())
+    budget = REGISTERS[path.stem]
     for target in TARGETS:
         compiled = [kernel for kernel, built_for, *_ in found if built_for == f"sm_{target}"]
-        assert len(compiled) == len(names) and all(any(name in kernel for kernel in compiled) for name in names)
+        assert all(any(name in kernel for kernel in compiled) for name in names)
+        assert [sum(part in kernel for kernel in compiled) for part in budget] == [1] * len(compiled)
     for kernel, target, stack, stores, loads, registers in found:
-        assert int(registers) > 0
         assert (stack, stores, loads) == ("0", "0", "0"), f"{kernel} for {target} uses the stack or spills"
+        assert 0 < int(registers) <= next(most for part, most in budget.items() if part in kernel)
 
 
 @pytest.mark.parametrize("path", sorted((checkout.ROOT / "kernels/cuda").rglob("*.cu*")), ids=lambda path: path.name)

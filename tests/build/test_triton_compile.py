@@ -17,16 +17,44 @@ from tests.conftest import require
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = (80, 90, 100)
 
-# By op: types of its kernels' arguments (integers where not named), and by kernel the name of its tile.
+_ALL = {
+    **dict.fromkeys(("INSTANCE", "NORM", "NOISE", "REMOVE_DC", "MAGNITUDE", "LOG", "TOP_DB", "MEAN", "STD"), True),
+    **{"PADDING": 1, "PREEMPHASIS": 1, "CLASSES": 2, "ENERGY": 2},
+}
+_USUAL = _ALL | {
+    "PADDING": 0,
+    "NORM": False,
+    "NOISE": False,
+    "MAGNITUDE": False,
+    "ENERGY": 0,
+    "TOP_DB": False,
+    "STD": False,
+}
+_FEW = _USUAL | {"CLASSES": 1, "PREEMPHASIS": 0, "REMOVE_DC": False}
+
+# By op: types of its kernels' arguments (integers where not named), those that are multiples of 16 at every launch, by
+# kernel the name of its tile, and the settings to compile each kernel with.
 _OPS: dict[str, dict[str, Any]] = {
     "log_mel_fbank": {
         "types": {
-            **dict.fromkeys(("waveforms", "window", "cosine", "sine", "power", "mel", "features"), "*fp32"),
-            **dict.fromkeys(("lengths", "frame_lengths"), "*i64"),
-            **dict.fromkeys(("sample_scale", "preemphasis", "log_floor"), "fp32"),
+            **dict.fromkeys(("waveforms", "signal", "window", "cosine", "sine", "mel", "power", "cosines"), "*fp32"),
+            **dict.fromkeys(("statistics", "values", "highest", "features"), "*fp32"),
+            **dict.fromkeys(("lengths", "seeds", "masks", "frame_lengths"), "*i64"),
+            **dict.fromkeys(("unit", "sample_scale", "scale", "dither", "preemphasis", "energy_floor"), "fp32"),
+            **dict.fromkeys(("spectrum_low", "spectrum_high", "log_floor", "log_offset", "log_scale"), "fp32"),
+            **dict.fromkeys(("top_db", "var_eps", "std_eps"), "fp32"),
         },
-        "kernels": {"_power_kernel": "_POWER_TILE", "_mel_kernel": "_MEL_TILE", "_mean_kernel": "_MEAN_TILE"},
-        "constants": {"REMOVE_DC": True},
+        "aligned": ["cosine", "sine", "power", "table_rows", "table_width", "power_width", "class_width"],
+        "kernels": {
+            "_statistics_kernel": "_STATISTICS_TILE",
+            "_signal_kernel": "_SIGNAL_TILE",
+            "_power_kernel": "_POWER_TILE",
+            "_mel_kernel": "_MEL_TILE",
+            "_cepstra_kernel": "_CEPSTRA_TILE",
+            "_highest_kernel": "_HIGHEST_TILE",
+            "_normalize_kernel": "_NORMALIZE_TILE",
+        },
+        "settings": [_ALL, _USUAL, _FEW],
     }
 }
 
@@ -46,18 +74,21 @@ spec.loader.exec_module(module)
 out = {"kernels": sorted(name for name in vars(module) if name.endswith("_kernel")), "usage": []}
 for name, tile in op["kernels"].items():
     kernel = getattr(module, name)
-    constants = {k: v for k, v in (op["constants"] | getattr(module, tile)).items() if k in kernel.arg_names}
-    signature = {k: "constexpr" if k in constants else op["types"].get(k, "i32") for k in kernel.arg_names}
-    values = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
-    for target in targets:
-        source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    settings = [{k: v for k, v in chosen.items() if k in kernel.arg_names} for chosen in op["settings"]]
+    aligned = {(kernel.arg_names.index(k),): [["tt.divisibility", 16]] for k in op["aligned"] if k in kernel.arg_names}
+    for number, target in [(n, t) for n, chosen in enumerate(settings) if chosen not in settings[:n] for t in targets]:
+        constants = settings[number] | getattr(module, tile)
+        signature = {k: "constexpr" if k in constants else op["types"].get(k, "i32") for k in kernel.arg_names}
+        values = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=module._OPTIONS)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
             dump = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
         usage = {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump.stdout + dump.stderr)}
-        out["usage"].append({"kernel": name, "target": target, "shared": compiled.metadata.shared, **usage})
+        usage |= {"kernel": name, "settings": number, "target": target, "shared": compiled.metadata.shared}
+        out["usage"].append(usage)
 print(json.dumps(out))
 """
 
@@ -71,7 +102,8 @@ def test_compiles_without_spills(path: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["kernels"] == sorted(_OPS[path.stem]["kernels"]), "a kernel is missing from the list above"
-    assert len(found["usage"]) == len(TARGETS) * len(found["kernels"])
+    compiled = {(usage["kernel"], usage["target"]) for usage in found["usage"]}
+    assert len(compiled) == len(TARGETS) * len(found["kernels"])
     for usage in found["usage"]:
         assert usage["reg"] > 0
         assert usage["stack"] == usage["local"] == 0, f"registers are spilled: {usage}"

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,6 +26,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static
 #define __align__(bytes) alignas(bytes)
 #define __restrict__ __restrict
@@ -45,11 +47,20 @@ struct alignas(16) float4 {
 struct int2 {
   int x, y;
 };
+struct alignas(8) short4 {
+  short x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
 using cudaStream_t = void*;
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -92,6 +103,9 @@ inline std::function<void()> body;
 inline uint3 block_index;
 inline dim3 grid_dim, block_dim;
 inline std::vector<std::max_align_t> shared_memory;
+inline std::map<const void*, size_t> opted_in;  // Shared memory by kernel.
+inline int processors = 1;
+inline size_t opt_in_limit = 227 * 1024;  // That of sm_90; 99 KiB is the least since sm_80.
 inline bool descending = false;
 inline std::string message;
 inline cudaError_t last_error = cudaSuccess;
@@ -260,13 +274,14 @@ inline bool run_block(size_t shared_bytes) {
   return message.empty();
 }
 
-inline void launch(std::function<void()> kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+inline void launch(const void* function, std::function<void()> kernel, dim3 grid, dim3 block,
+                   size_t shared_bytes) {
   const size_t count = size_t{block.x} * block.y * block.z;
   if (count == 0 || count > 1024 || size_t{grid.x} * grid.y * grid.z == 0) {
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
-  if (shared_bytes > kSharedLimit) {
+  if (shared_bytes > std::max(kSharedLimit, opted_in[function])) {
     last_error = cudaErrorInvalidValue;
     return;
   }
@@ -313,8 +328,10 @@ T shuffle(unsigned mask, T value, unsigned source, const char* file, int line) {
 #define blockDim (::simt::block_dim)
 #define gridDim (::simt::grid_dim)
 
-#define SPKFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), ::simt::launch([=] { kernel(__VA_ARGS__); }, grid, block, shared_bytes))
+#define SPKFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                            \
+  ((void)(stream), ::simt::launch(                                                                \
+                       reinterpret_cast<const void*>(kernel), [=] { kernel(__VA_ARGS__); }, grid, \
+                       block, shared_bytes))
 #define SPKFAST_DYNAMIC_SHARED(type, name) \
   type* name = reinterpret_cast<type*>(::simt::shared_memory.data())
 
@@ -374,6 +391,13 @@ T atomicMax(T* address, T value) {
 }
 
 template <typename T>
+T atomicMin(T* address, T value) {
+  const T old = *address;
+  *address = std::min(old, value);
+  return old;
+}
+
+template <typename T>
 T min(T a, T b) {
   return b < a ? b : a;
 }
@@ -383,6 +407,10 @@ T max(T a, T b) {
 }
 template <typename T>
 T __ldg(const T* address) {
+  return *address;
+}
+template <typename T>
+T __ldcs(const T* address) {
   return *address;
 }
 
@@ -396,12 +424,80 @@ inline unsigned __brev(unsigned x) {
   return out;
 }
 
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  return bits;
+}
+inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 inline float rsqrtf(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
 
 inline void sincospif(float x, float* sine, float* cosine) {
   const double angle = std::fmod(static_cast<double>(x), 2.0) * 3.14159265358979323846;
   *sine = static_cast<float>(std::sin(angle));
   *cosine = static_cast<float>(std::cos(angle));
+}
+
+inline float cospif(float x) {
+  return static_cast<float>(
+      std::cos(std::fmod(static_cast<double>(x), 2.0) * 3.14159265358979323846));
+}
+
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
+namespace simt {
+
+// Rounds to the nearest float of `exponent` and `mantissa` bits, ties to even.
+inline uint16_t narrow(float value, int exponent, int mantissa) {
+  const int bias = (1 << (exponent - 1)) - 1;
+  const uint16_t infinity = static_cast<uint16_t>(((1 << exponent) - 1) << mantissa);
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isnan(value)) return infinity | 1;
+  if (std::isinf(value)) return sign | infinity;
+  if (value == 0) return sign;
+  int power = 0;
+  std::frexp(value, &power);
+  const int lowest = std::max(power - 1, 1 - bias) - mantissa;  // Weight of the last bit.
+  const double units = std::nearbyint(std::ldexp(std::fabs(static_cast<double>(value)), -lowest));
+  // A mantissa that overflows carries into the exponent; the hidden bit counts as one of it.
+  const double bits = units + std::ldexp(lowest + mantissa + bias - 1, mantissa);
+  return sign | static_cast<uint16_t>(std::min<double>(bits, infinity));
+}
+
+}  // namespace simt
+
+inline __half __float2half_rn(float value) { return {simt::narrow(value, 5, 10)}; }
+inline __nv_bfloat16 __float2bfloat16_rn(float value) { return {simt::narrow(value, 8, 7)}; }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = simt::processors;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin)
+    *value = static_cast<int>(simt::opt_in_limit);
+  if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor)
+    *value = static_cast<int>(simt::opt_in_limit + 1024);
+  return cudaSuccess;
+}
+
+template <typename F>
+cudaError_t cudaFuncSetAttribute(F* function, cudaFuncAttribute, int bytes) {
+  if (static_cast<size_t>(bytes) > simt::opt_in_limit) return cudaErrorInvalidValue;
+  simt::opted_in[reinterpret_cast<const void*>(function)] = static_cast<size_t>(bytes);
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() {
@@ -415,5 +511,9 @@ extern "C" {
 __attribute__((used)) inline const char* simt_message() { return simt::message.c_str(); }
 __attribute__((used)) inline void simt_set_descending(int descending) {
   simt::descending = descending != 0;
+}
+__attribute__((used)) inline void simt_set_device(int processors, int opt_in_kib) {
+  simt::processors = processors;
+  simt::opt_in_limit = static_cast<size_t>(opt_in_kib) * 1024;
 }
 }

@@ -1,24 +1,23 @@
-// pybind11 module spkfast._C: what is not a tensor op. Build information only, for spkfast.info().
+// pybind11 module spkfast._C: what is not a tensor op. Build information, and features of audio
+// that arrives in pieces.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
+
+#include "cpu/cpu_level.h"
+#include "cpu/log_mel_fbank_stream.h"
+
+namespace py = pybind11;
 
 namespace {
 
-// Highest instruction level of this CPU, as spkfast names them.
-std::string cpu_level() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
-    return "avx512bf16";
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-#endif
-  return "scalar";
-}
-
-pybind11::dict build_info() {
-  pybind11::dict info;
+py::dict build_info() {
+  py::dict info;
   info["compiler"] = SPKFAST_COMPILER;
   info["flags"] = SPKFAST_FLAGS;
   info["torch"] = SPKFAST_TORCH_VERSION;
@@ -29,12 +28,139 @@ pybind11::dict build_info() {
   return info;
 }
 
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using Shorts = py::array_t<int16_t, py::array::c_style>;
+
+spkfast::LogMelFbankSettings settings(const std::vector<int64_t>& integers,
+                                      const std::vector<double>& floats) {
+  if (integers.size() != spkfast::LogMelFbankSettings::kIntegers ||
+      floats.size() != spkfast::LogMelFbankSettings::kFloats)
+    throw std::invalid_argument("integers and floats must be those of Settings");
+  return {integers.data(), floats.data()};
+}
+
+spkfast::cpu::LogMelFbankTables tables(const Floats& window, const Floats& mel,
+                                       const std::optional<Floats>& cosines) {
+  return {
+      .window = window.data(),
+      .frame_length = window.shape(0),
+      .mel = mel.data(),
+      .num_mels = mel.shape(0),
+      .cosines = cosines ? cosines->data() : nullptr,
+      .num_cosines = cosines ? cosines->shape(0) : 0,
+  };
+}
+
+// Calls `use` with the samples as a one-dimensional array of float or int16.
+template <typename Use>
+void with_samples(const py::handle& samples, Use&& use) {
+  const auto checked = [&](const auto& array) {
+    if (array.ndim() != 1)
+      throw std::invalid_argument("samples must have one dimension, got " +
+                                  std::to_string(array.ndim()));
+    use(array.data(), static_cast<int64_t>(array.shape(0)));
+  };
+  if (py::isinstance<Floats>(samples)) return checked(py::reinterpret_borrow<Floats>(samples));
+  if (py::isinstance<Shorts>(samples)) return checked(py::reinterpret_borrow<Shorts>(samples));
+  const auto array = py::array::ensure(samples);
+  if (array && array.dtype().kind() == 'f') return checked(Floats(array));
+  if (array && array.dtype().is(py::dtype::of<int16_t>())) return checked(Shorts(array));
+  throw std::invalid_argument("samples must be an array of floats or of int16");
+}
+
+class Stream {
+ public:
+  Stream(const std::vector<int64_t>& integers, const std::vector<double>& floats,
+         const Floats& window, const Floats& mel, const std::optional<Floats>& cosines)
+      : stream_(settings(integers, floats), tables(window, mel, cosines), spkfast::cpu::level()) {}
+
+  py::array_t<float> push(const py::handle& samples) {
+    with_samples(samples, [&](const auto* values, int64_t count) { stream_.push(values, count); });
+    return take();
+  }
+
+  py::array_t<float> flush() {
+    stream_.end();
+    py::array_t<float> features = take();
+    stream_.reset();
+    return features;
+  }
+
+  void reset() { stream_.reset(); }
+
+ private:
+  py::array_t<float> take() {
+    const int64_t ready = stream_.ready();
+    py::array_t<float> features({ready, stream_.size()});
+    if (ready > 0 && !stream_.take(features.mutable_data())) {
+      stream_.reset();
+      throw std::invalid_argument(
+          "samples hold a NaN or infinite value: mend or drop that audio; the stream starts again");
+    }
+    return features;
+  }
+
+  spkfast::cpu::LogMelFbankStream stream_;
+};
+
+class Fbank {
+ public:
+  Fbank(const std::vector<int64_t>& integers, const std::vector<double>& floats,
+        const Floats& window, const Floats& mel, const std::optional<Floats>& cosines)
+      : fbank_(settings(integers, floats), tables(window, mel, cosines), spkfast::cpu::level()) {}
+
+  py::array_t<float> compute(const py::handle& samples) const {
+    py::array_t<float> features;
+    with_samples(samples, [&](const auto* values, int64_t length) {
+      int64_t frames = fbank_.settings().count_frames(length);
+      features = py::array_t<float>({frames, fbank_.plan().size});
+      spkfast::cpu::LogMelFbankBatch batch = {};
+      if constexpr (std::is_same_v<decltype(values), const float*>) {
+        batch.floats = values;
+      } else {
+        batch.shorts = values;
+      }
+      batch.lengths = &length;
+      batch.features = features.mutable_data();
+      batch.frame_lengths = &frames;
+      batch.batch = 1;
+      batch.samples = length;
+      batch.frames = frames;
+      const py::gil_scoped_release release;
+      const int64_t bad = run_log_mel_fbank(
+          fbank_, batch,
+          [](int64_t begin, int64_t end, int64_t, const auto& body) { body(begin, end); });
+      if (bad >= 0)
+        throw std::invalid_argument(
+            "samples hold a NaN or infinite value: mend or drop that audio");
+    });
+    return features;
+  }
+
+ private:
+  spkfast::cpu::LogMelFbank fbank_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What spkfast was built with, and what this CPU can do.";
+  m.doc() = "What spkfast was built with, what this CPU can do, and features of streams.";
   m.def("build_info", &build_info,
         "Compiler, flags and versions of the build, as a dictionary of strings.");
-  m.def("cpu_level", &cpu_level,
-        "Highest instruction level of this CPU: scalar, avx2, avx512 or avx512bf16.");
+  m.def(
+      "cpu_level", [] { return std::string(spkfast::cpu::name(spkfast::cpu::level())); },
+      "Instruction level that CPU kernels use: scalar, avx2, avx512 or avx512bf16.");
+  using Init =
+      py::detail::initimpl::constructor<const std::vector<int64_t>&, const std::vector<double>&,
+                                        const Floats&, const Floats&, const std::optional<Floats>&>;
+  py::class_<Fbank>(m, "Fbank", "See spkfast.NumpyFbank.")
+      .def(Init(), py::arg("integers"), py::arg("floats"), py::arg("window"), py::arg("mel"),
+           py::arg("cosines"))
+      .def("compute", &Fbank::compute, py::arg("samples"), "Features (T, D) of samples (S,).");
+  py::class_<Stream>(m, "FbankStream", "See spkfast.StreamingFbank.")
+      .def(Init(), py::arg("integers"), py::arg("floats"), py::arg("window"), py::arg("mel"),
+           py::arg("cosines"))
+      .def("push", &Stream::push, py::arg("samples"), "New frames (t, D) after these samples.")
+      .def("flush", &Stream::flush, "The remaining frames (t, D); then starts again.")
+      .def("reset", &Stream::reset, "Starts again.");
 }

@@ -30,10 +30,11 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """A training example, with the errors of files that had to be passed over to get it."""
+    """A training example, the seed of its dither, and the errors of files that had to be passed over to get it."""
 
     samples: np.ndarray
     label: int
+    seed: int = 0
     errors: tuple[str, ...] = ()
 
 
@@ -103,11 +104,11 @@ class CropDataset(Dataset[Crop]):
             index = int(rng.integers(len(self))) if attempt else draw.index
             try:
                 samples, label = self._crop(self._utterances[index], rng)
-                return Crop(samples, label, tuple(errors))
+                return Crop(samples, label, int(rng.integers(2**63)), tuple(errors))
             except InputError as error:
                 errors.append(str(error))
         message = f"{len(errors)} files in a row could not be read, the first: {errors[0]}"
-        return Crop(np.zeros(self._samples, dtype=np.float32), -1, (message,))
+        return Crop(np.zeros(self._samples, dtype=np.float32), -1, errors=(message,))
 
     def _crop(self, utterance: Utterance, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         which = int(rng.integers(len(self._speeds)))

@@ -140,9 +140,9 @@ class Trainer:
         log = _Log(self.folder / "log.jsonl", self.first_step) if self.is_main_process else None
         self._wrapped.train()
         started = saved = time.monotonic()
-        for step, (waveforms, target, errors) in enumerate(self._loader(), start=self.first_step):
+        for step, (waveforms, seeds, target, errors) in enumerate(self._loader(), start=self.first_step):
             self._tell(errors)
-            entry = self._step(step, waveforms, target)
+            entry = self._step(step, waveforms, seeds, target)
             done = step + 1
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(entry[name]):
@@ -163,14 +163,16 @@ class Trainer:
             yield Progress(done, config.steps, entry["loss"], entry["accuracy"], entry["crops_per_second"])
         self._finish()
 
-    def _step(self, step: int, waveforms: Tensor, target: Tensor) -> dict[str, float]:
+    def _step(self, step: int, waveforms: Tensor, seeds: Tensor, target: Tensor) -> dict[str, float]:
         config, accelerator = self.config, self._accelerator
         rate = schedule.learning_rate(step, config.steps, config.optimizer)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._task.head.margin = schedule.margin(step, config.steps, config.loss)
         with torch.no_grad():
-            features, _ = functional.log_mel_fbank(waveforms.to(accelerator.device), spec=self._spec, validate=False)
+            features, _ = functional.log_mel_fbank(
+                waveforms.to(accelerator.device), spec=self._spec, seeds=seeds.to(accelerator.device), validate=False
+            )
         # Not the accelerator's own setting: that is fixed for the life of the process by its first run.
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             loss, stats = self._wrapped(features, target.to(accelerator.device))
@@ -295,11 +297,12 @@ def _optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
-def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, list[tuple[str, bool]]]:
-    """Waveforms (B, S), labels (B,), and each error with whether no crop could be had for it."""
+def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, Tensor, list[tuple[str, bool]]]:
+    """Waveforms (B, S), seeds of their dither (B,), labels (B,), and each error with whether no crop could be had."""
     waveforms = torch.from_numpy(np.stack([crop.samples for crop in crops]))
+    seeds = torch.tensor([crop.seed for crop in crops])
     labels = torch.tensor([crop.label for crop in crops])
-    return waveforms, labels, [(error, crop.label < 0) for crop in crops for error in crop.errors]
+    return waveforms, seeds, labels, [(error, crop.label < 0) for crop in crops for error in crop.errors]
 
 
 def _single_thread(worker: int) -> None:

@@ -227,8 +227,14 @@ def edit_weights(folder, edit):
 
 
 def change_frontend(metadata, _):
-    spec = FrontendSpec.from_dict({**metadata["frontend"], "window": "povey", "f_max": 7600.0})
+    spec = FrontendSpec.from_dict({**metadata["frontend"], "window": "povey", "f_max": 7600.0, "var_eps": 1e-5})
     metadata.update(frontend=spec.to_dict(), frontend_hash=spec.hash)
+
+
+def test_folder_from_before_a_field_was_added_loads(saved):
+    edit_config(saved, lambda c: [c["frontend"].pop(name) for name in ("pad_samples", "drop_last_frame", "var_eps")])
+    spec = SpeakerEncoder.load(saved).frontend
+    assert (spec.pad_samples, spec.drop_last_frame, spec.var_eps) == (0, False, 0.0)
 
 
 DAMAGE = {
@@ -239,7 +245,7 @@ DAMAGE = {
         f, lambda m, t: m.update(format_version="7")
     ),
     r"front-end differs from that of model\.safetensors: window: 'hamming' here, 'povey' there; f_max: 0\.0 here, "
-    r"7600\.0 there": lambda f: edit_weights(f, change_frontend),
+    r"7600\.0 there; var_eps: 0\.0 here, 1e-05 there": lambda f: edit_weights(f, change_frontend),
     r"config\.yaml: front-end: unknown front-end field 'windw' \(did you mean 'window'\?\)": lambda f: edit_config(
         f, lambda c: c["frontend"].update(windw="hann")
     ),

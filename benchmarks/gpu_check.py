@@ -313,7 +313,22 @@ def _benchmark(part: str, device_name: str) -> dict[str, Any]:
         gb_s, tflop_s = case.bytes_moved / median / 1e6, case.flops / median / 1e9
         load |= {"median_ms": median, "min_ms": min(times), "max_ms": max(times), "repeats": len(times)}
         load |= {"gb_s": gb_s, "tflop_s": tflop_s}
+        if cuda:
+            load |= _graph_time(functools.partial(case.run, backend))
     return {"workloads": workloads}
+
+
+def _graph_time(run: Callable[[], object]) -> dict[str, Any]:
+    """Median time of the call replayed from a CUDA graph, which leaves the launches out; or why it cannot be captured."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as problem:
+        return {"graph_error": str(problem).splitlines()[0]}
+    return {"graph_median_ms": statistics.median(_times(graph.replay, "cuda"))}
 
 
 def _times(run: Callable[[], object], device: str, warm_up: int = 3, repeats: int = 20) -> list[float]:

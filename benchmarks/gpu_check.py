@@ -319,7 +319,7 @@ def _benchmark(part: str, device_name: str) -> dict[str, Any]:
 
 
 def _graph_time(run: Callable[[], object]) -> dict[str, Any]:
-    """Median time of the call replayed from a CUDA graph, which leaves the launches out; or why it cannot be captured."""
+    """Median time of the call replayed from a CUDA graph, without the launches; or why it cannot be captured."""
     import torch
 
     graph = torch.cuda.CUDAGraph()

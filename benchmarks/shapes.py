@@ -34,5 +34,12 @@ class Waveforms:
         return x.clamp_(-1, 1), torch.full((self.batch,), samples)
 
 
-# Streaming-sized, one utterance, and bulk extraction.
-FBANK = (Waveforms(1, 1.0), Waveforms(1, 10.0), Waveforms(64, 10.0))
+BULK = Waveforms(64, 10.0)  # extraction
+UTTERANCE = Waveforms(1, 10.0)
+SECOND = Waveforms(1, 1.0)  # what a stream takes
+
+# Every preset of spkfast.frontend once; espnet is another name of taoruijie.
+PRESETS = (
+    "wespeaker", "kaldi", "3dspeaker", "mfcc", "speechbrain", "taoruijie", "clova_l", "clova_v2", "vgg", "thin",
+    "redimnet", "redimnet2", "titanet",
+)  # fmt: skip

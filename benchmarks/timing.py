@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import statistics
 import time
@@ -31,8 +33,44 @@ class Timing:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A ratio or rate that was measured, and the bound that it is to keep, where there is one."""
+
+    name: str
+    value: float
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def goal(self) -> str:
+        """The bound as text."""
+        if self.at_least is not None:
+            return f"at least {self.at_least:g}"
+        return "" if self.at_most is None else f"at most {self.at_most:g}"
+
+    @property
+    def verdict(self) -> str:
+        """``met`` or ``missed``; empty where there is no goal."""
+        if not self.goal:
+            return ""
+        kept = (self.at_least is None or self.value >= self.at_least) and (
+            self.at_most is None or self.value <= self.at_most
+        )
+        return "met" if kept else "missed"
+
+
+def keep_memory() -> None:
+    """Has glibc keep freed memory in the process: else whether a call gets fresh pages, which cost as much as a kernel
+    that fills them, depends on what the contender before it freed."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], *, repeats: int = 10, warm_up: int = 1
+    contenders: Mapping[str, Callable[[], object]], *, repeats: int = 10, warm_up: int = 1, calls: int = 1
 ) -> tuple[dict[str, Timing], float]:
     """Times contenders in turn, A B C A B C ..., so that a slow spell of the machine hits all of them.
 
@@ -40,6 +78,7 @@ def interleaved(
         contenders: Calls without arguments, by name. The first one runs twice in each round.
         repeats: Rounds, after the warm-up.
         warm_up: Rounds that do not count.
+        calls: Calls of a contender in its turn, the mean of which counts: more than one for what takes microseconds.
 
     Returns:
         Times by name, and the A/A spread: by what fraction the medians of the first contender's two series differ. A
@@ -53,9 +92,10 @@ def interleaved(
     for repeat in range(warm_up + repeats):
         for name, call in order:
             start = time.perf_counter()
-            call()
+            for _ in range(calls):
+                call()
             if repeat >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / calls)
     timings = {name: Timing(tuple(values)) for name, values in seconds.items()}
     again, once = timings.pop(None).median, timings[first].median
     return {name: timings[name] for name in contenders}, abs(again - once) / once

@@ -18,13 +18,16 @@ BUILT := $(VENV)/.built-cuda-$(SPKFAST_CUDA)
 DATA ?=
 OPS ?= all
 RESULTS ?= gpu-results
+CASES ?= 100000
+SEED ?= 0
+CASE ?=
 ARGS ?=
 
 # Folders are listed too: adding or removing a file changes them.
 SOURCES := setup.py CMakeLists.txt $(shell find csrc kernels/cuda 2>/dev/null)
 CPP_FILES = $(shell find csrc kernels tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup build lint format test test-full demo bench gpu-check gpu-status docs wheel clean
+.PHONY: help setup build lint format test test-full sanitize demo bench gpu-check gpu-status docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -86,6 +89,9 @@ test: build  ## the everyday tests
 
 test-full: build  ## the long tests that `make test` leaves out
 	$(BIN)/python -m pytest -m full $(ARGS)
+
+sanitize: build  ## random cases under AddressSanitizer: OPS="..." CASES=100000 SEED=0, or one CASE=N
+	tools/sanitize.sh $(BIN)/python $(OPS) --seed $(SEED) $(if $(CASE),--case $(CASE),--cases $(CASES))
 
 demo: build  ## train, embed, evaluate, report; DATA=FOLDER for speech of your own
 	$(BIN)/spkfast demo $(if $(DATA),--data "$(DATA)") --out demo

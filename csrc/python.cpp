@@ -1,5 +1,5 @@
-// pybind11 module spkfast._C: what is not a tensor op. Build information, and features of audio
-// that arrives in pieces.
+// pybind11 module spkfast._C: what is not a tensor op. Build information, and features of arrays
+// and streams.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -113,7 +113,8 @@ class Fbank {
     py::array_t<float> features;
     with_samples(samples, [&](const auto* values, int64_t length) {
       int64_t frames = fbank_.settings().count_frames(length);
-      features = py::array_t<float>({frames, fbank_.plan().size});
+      const int64_t padded = fbank_.settings().padded_frames(length);
+      features = py::array_t<float>({padded, fbank_.plan().size});
       spkfast::cpu::LogMelFbankBatch batch = {};
       if constexpr (std::is_same_v<decltype(values), const float*>) {
         batch.floats = values;
@@ -125,7 +126,7 @@ class Fbank {
       batch.frame_lengths = &frames;
       batch.batch = 1;
       batch.samples = length;
-      batch.frames = frames;
+      batch.frames = padded;
       const py::gil_scoped_release release;
       const int64_t bad = run_log_mel_fbank(
           fbank_, batch,
@@ -144,7 +145,8 @@ class Fbank {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What spkfast was built with, what this CPU can do, and features of streams.";
+  m.doc() =
+      "What spkfast was built with, what this CPU can do, and features of arrays and streams.";
   m.def("build_info", &build_info,
         "Compiler, flags and versions of the build, as a dictionary of strings.");
   m.def(

@@ -27,7 +27,7 @@ class NumpyFbank:
         self._fbank: Any = _made("Fbank", spec)
 
     def __call__(self, samples: ArrayLike) -> NDArray[np.float32]:
-        """Features (T, D) of samples (S,), floats in [-1, 1] or int16.
+        """Features (T, D) of samples (S,), floats in [-1, 1] or int16; T is a multiple of ``spec.pad_frames_to``.
 
         One thread computes them; several may call at the same time.
 
@@ -48,7 +48,7 @@ class StreamingFbank:
 
     Args:
         spec: The front-end; nothing in it may need the whole utterance: ``mean_norm``, ``std_norm``, ``top_db`` and
-            ``waveform_norm`` must be off. ``dither`` is for training and is left out here.
+            ``waveform_norm`` must be off. ``dither`` is for training and is left out here, as is ``pad_frames_to``.
 
     Raises:
         InputError: If the spec needs the whole utterance, or the compiled module is missing.

@@ -47,7 +47,8 @@ class FrontendSpec:
         window_periodic: Periodic instead of symmetric window.
         snip_edges: Only frames that lie wholly inside the signal; else one per hop, centred on its middle, the signal
             reflected at its ends with the edge repeated (Kaldi). Does not count where ``center`` is set.
-        pad_samples: Samples by which the signal is padded at each end, by ``pad_mode``, before edges are snipped.
+        pad_samples: Samples by which the signal is padded at each end before edges are snipped: reflected, or zeros
+            with the other values of ``pad_mode``. Counts only where ``snip_edges`` does.
         center: The window in the middle of a frame of ``n_fft`` samples, as STFT functions place it.
         pad_mode: Padding of the signal by half of ``n_fft`` where ``center`` is set: ``reflect``, ``constant`` (zeros)
             or ``none``, which leaves frames that lie wholly inside. A signal too short for one reflection is
@@ -64,7 +65,7 @@ class FrontendSpec:
         f_min: Lower edge of the lowest filter in Hz.
         f_max: Upper edge of the highest filter in Hz; 0 or less is counted from the Nyquist frequency.
         use_energy: Prepend the log energy of the frame.
-        raw_energy: Take that energy before pre-emphasis and windowing.
+        raw_energy: Take that energy before the pre-emphasis of frames and the window.
         energy_floor: Lower bound on that energy, at least 2**-23.
         htk_compat: Put the energy, or the zeroth cepstrum times the square root of 2, last.
         num_ceps: Cepstra kept after a DCT; 0 keeps log-mel. The energy replaces the zeroth.
@@ -78,7 +79,8 @@ class FrontendSpec:
         std_unbiased: Unbiased standard deviation; that of a single frame is taken as 0.
         var_eps: Added to the variance.
         std_eps: Added to the standard deviation.
-        pad_frames_to: Zero-pad the number of frames to a multiple of this; 1 for none.
+        pad_frames_to: Zero-pad the number of frames to a multiple of this; 1 for none. NeMo counts the frame that
+            ``drop_last_frame`` leaves out here, and so has one more multiple of zeros at some lengths.
         dither: Standard deviation of the noise added in training, in units of the scaled samples.
     """
 
@@ -125,8 +127,16 @@ class FrontendSpec:
     dither: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.spectrum_clip is not None:  # YAML and JSON give a list
+        if isinstance(self.spectrum_clip, list):  # as YAML and JSON give it
             object.__setattr__(self, "spectrum_clip", tuple(self.spectrum_clip))
+        clip: Any = self.spectrum_clip
+        if clip is not None and not (
+            isinstance(clip, tuple)
+            and len(clip) == 2
+            and all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in clip)
+            and 0 <= clip[0] < clip[1]
+        ):
+            raise InputError(f"spectrum_clip must be two finite rising bounds or null, got {clip!r}")
         self._check_types()
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -144,10 +154,8 @@ class FrontendSpec:
             raise InputError(f"pad_frames_to must be at least 1, got {self.pad_frames_to}")
         if self.num_ceps > self.n_mels:
             raise InputError(f"num_ceps={self.num_ceps} cepstra need as many mel bins, n_mels is {self.n_mels}")
-        if self.spectrum_clip is not None and not (
-            len(self.spectrum_clip) == 2 and 0 <= self.spectrum_clip[0] < self.spectrum_clip[1]
-        ):
-            raise InputError(f"spectrum_clip must be two rising bounds or null, got {list(self.spectrum_clip)}")
+        if self.mel_scale == "redimnet2" and self.fft_size < 4:
+            raise InputError(f"mel_scale='redimnet2' needs an FFT of 4 points or more, n_fft gives {self.fft_size}")
         if self.frame_length < 2:
             raise InputError(f"frame_length_ms={self.frame_length_ms} is less than 2 samples at {self.sample_rate} Hz")
         if 0 < self.n_fft < self.frame_length:

@@ -22,7 +22,7 @@ def assert_parity(
 
     The bound is derived, not tuned: ``FACTOR`` times the error that the definition itself makes in float32, against the
     definition in float64, and never less than one unit of rounding of the largest value. The error of the definition is
-    the largest over the inputs and a few that differ from them by a unit of rounding, which nothing can tell apart.
+    the largest over the inputs and a few that differ from them in the last place, as rounding would leave them.
     With ``by_row`` each row of an output has a bound of its own, so that a badly conditioned one hides no other.
     """
     exact = _run(op, inputs, "reference", torch.float64, options)
@@ -49,7 +49,7 @@ def _largest(value: Tensor, by_row: bool) -> Tensor:
 
 
 def _moved(inputs: Sequence[Any], seed: int | None) -> list[Any]:
-    """Inputs in float32, each value moved by at most a unit of rounding where there is a seed."""
+    """Inputs in float32, each value moved by at most one unit in the last place where there is a seed."""
     if seed is None:
         return list(inputs)
     generator, eps = torch.Generator().manual_seed(seed), torch.finfo(torch.float32).eps

@@ -232,8 +232,9 @@ def test_whole_arrays_are_the_op_to_the_last_bit(preset: str) -> None:
         samples = noise(length)
         shorts = (samples * 32767).astype(np.int16)
         for values in (samples, shorts):
-            features, frames = log_mel_fbank(torch.from_numpy(values)[None], spec=spec, backend="native")
-            np.testing.assert_array_equal(fbank(values)[: int(frames)], features[0, : int(frames)].numpy())
+            features, _ = log_mel_fbank(torch.from_numpy(values)[None], spec=spec, backend="native")
+            # Of no samples the op's T counts a frame of padding where a longer row of the batch would have one.
+            np.testing.assert_array_equal(fbank(values), features[0].numpy())
 
 
 def test_whole_arrays_refuse_what_streams_refuse() -> None:

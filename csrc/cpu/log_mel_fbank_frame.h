@@ -167,8 +167,8 @@ bool frame(const LogMelFbankPlan& plan, const LogMelFbankRow& row, int64_t first
   const FrameWorkspace at(plan);
   float *signal = memory + at.signal, *windowed = memory + at.windowed, *power = memory + at.power;
   const int64_t length = plan.frame_length, samples = round_up(length, W);
-  const bool good = row.shorts ? prepare(plan, row, row.shorts, first, samples, signal)
-                               : prepare(plan, row, row.floats, first, samples, signal);
+  const bool good = row.shorts ? prepare(plan, row, row.shorts, first, length, samples, signal)
+                               : prepare(plan, row, row.floats, first, length, samples, signal);
   const float mean = plan.remove_dc ? mean_of(plan, signal, lanes) : 0.0F;
   const float emphasis = plan.preemphasis_mode == 0 ? plan.preemphasis : 0.0F;
   const auto one = [&](int64_t n) {

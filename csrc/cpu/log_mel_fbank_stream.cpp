@@ -1,6 +1,7 @@
 #include "log_mel_fbank_stream.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace spkfast::cpu {
 
@@ -29,9 +30,10 @@ int64_t LogMelFbankStream::ready() const {
   const LogMelFbankPlan& plan = fbank_.plan();
   const int64_t all = fbank_.settings().count_frames(received_) - taken_;
   if (ended_ || all <= 0) return std::max<int64_t>(all, 0);
-  // A frame waits for its last sample, and one before the start of the signal for what is reflected
+  // A frame waits for its last sample, and one at the start of the signal for what is reflected
   // there.
-  if (start(taken_) < 0 && received_ <= std::max<int64_t>(-plan.offset, 1)) return 0;
+  if (start(taken_) < 0 && plan.padding != 0 && received_ <= -plan.offset) return 0;
+  if (start(taken_) <= 0 && plan.preemphasis_mode == 1 && received_ < 2) return 0;
   const int64_t room = received_ - start(taken_) - plan.frame_length;
   return room < 0 ? 0 : std::min(all, room / plan.frame_shift + 1);
 }
@@ -71,10 +73,11 @@ void LogMelFbankStream::forget() {
   if (keep - first_ < 4 * plan.frame_length) return;
   samples_.erase(samples_.begin(), samples_.begin() + (keep - first_));
   first_ = keep;
+  if (samples_.capacity() > 4 * samples_.size() + 65536) samples_.shrink_to_fit();
 }
 
 void LogMelFbankStream::reset() {
-  samples_.clear();
+  std::vector<float>().swap(samples_);
   first_ = received_ = taken_ = 0;
   ended_ = false;
 }

@@ -96,15 +96,22 @@ inline int64_t source(int64_t p, int64_t length, int64_t padding) {
 }
 
 // The signal from position `first` on into out: scaled, with noise, pre-emphasised where that is of
-// the whole signal, padded. Whole vectors are written. False where a sample is NaN or infinite.
+// the whole signal, padded. Whole vectors are written, `count` values and more. False where a
+// sample among the first `used` is NaN or infinite.
 template <typename Sample>
 bool prepare(const LogMelFbankPlan& plan, const LogMelFbankRow& row, const Sample* samples,
-             int64_t first, int64_t count, float* out) {
+             int64_t first, int64_t used, int64_t count, float* out) {
   const bool emphasise = plan.preemphasis_mode != 0;
   const V mean = all(row.mean), gain = all(row.gain);
   U32 steps;
   for (int64_t w = 0; w < W; ++w) steps[w] = static_cast<uint32_t>(w);
   I bad = {};
+  const auto look_at = [&](V x, int64_t i, I outside) __attribute__((always_inline)) {
+    I found = ~(x - x == 0.0F) & ~outside;
+    if (i + W > used)
+      found &= reinterpret_cast<I>(steps) < static_cast<int32_t>(used > i ? used - i : 0);
+    bad |= found;
+  };
   // Samples n as they come, to samples as the front-end sees them before pre-emphasis.
   const auto scaled = [&](V x, U32 n) __attribute__((always_inline)) {
     x = (x - mean) * gain;
@@ -115,7 +122,7 @@ bool prepare(const LogMelFbankPlan& plan, const LogMelFbankRow& row, const Sampl
     if (p >= 1 && p + W <= row.length) {
       const U32 n = steps + static_cast<uint32_t>(p);
       const V x = load(samples + p);
-      bad |= ~(x - x == 0.0F);
+      look_at(x, i, I{});
       V current = scaled(x, n);
       if (emphasise)
         current = nmadd(all(plan.preemphasis), scaled(load(samples + p - 1), n - 1), current);
@@ -138,7 +145,7 @@ bool prepare(const LogMelFbankPlan& plan, const LogMelFbankRow& row, const Sampl
       past[w] = row.length > 0 ? samples[previous] : Sample{};
     }
     const V x = load(now);
-    bad |= ~(x - x == 0.0F) & ~outside;
+    look_at(x, i, outside);
     V current = scaled(x, n);
     if (emphasise) {
       const V preceding = scaled(load(past), before);
@@ -448,8 +455,9 @@ void write(const LogMelFbankPlan& plan, const float* lanes, int64_t count, float
     V block[W];
     for (int64_t i = 0; i < W; ++i) block[i] = load(lanes + (m + i < size ? m + i : size - 1) * W);
     transpose(block);
-    V sum = block[0];
-    for (int64_t w = 1; w < count; ++w) sum += block[w];
+    // From the first frame on, so that a constant column has exactly its value for a mean.
+    V sum = {};
+    for (int64_t w = 1; w < count; ++w) sum += block[w] - block[0];
     if (highest) {
       // NaN wins, and stays.
       for (int64_t w = 0; w < count; ++w)
@@ -464,7 +472,10 @@ void write(const LogMelFbankPlan& plan, const float* lanes, int64_t count, float
       }
     }
     if (sums) {
-      for (int64_t i = 0; i < rest; ++i) sums[m + i] += static_cast<double>(sum[i]);
+      for (int64_t i = 0; i < rest; ++i) {
+        sums[m + i] += static_cast<double>(count) * static_cast<double>(block[0][i]) +
+                       static_cast<double>(sum[i]);
+      }
     }
   }
   for (int64_t w = 0; highest && w < W; ++w) {
@@ -505,6 +516,12 @@ void moments(const LogMelFbankRow& row, double* mean, double* variance) {
   }
 }
 
+// From one frame of a tile to the next among the prepared samples: frames that overlap share
+// theirs, others stand side by side without what lies between.
+int64_t frame_stride(const LogMelFbankPlan& plan) {
+  return plan.frame_shift <= plan.frame_length ? plan.frame_shift : round_up(plan.frame_length, W);
+}
+
 struct Workspace {
   int64_t signal, data, power, scratch, lanes, total;
 
@@ -518,7 +535,7 @@ struct Workspace {
     lanes = power + (plan.fft_size / 2 + 1 + kMelUnroll) * W;
     scratch = lanes + (plan.num_mels + plan.size) * W;
     signal = scratch + 2 * radix * W;
-    total = signal + round_up((W - 1) * plan.frame_shift + plan.frame_length, W) + 2 * W;
+    total = signal + round_up((W - 1) * frame_stride(plan) + plan.frame_length, W) + 2 * W;
   }
 };
 
@@ -531,7 +548,7 @@ void prefetch(const LogMelFbankRow& row, int64_t first, int64_t count) {
   const char* base = row.shorts ? reinterpret_cast<const char*>(row.shorts)
                                 : reinterpret_cast<const char*>(row.floats);
   const int64_t size = row.shorts ? 2 : 4;
-  for (int64_t byte = first * size; byte < end * size; byte += 64)
+  for (int64_t byte = (first > 0 ? first : 0) * size; byte < end * size; byte += 64)
     __builtin_prefetch(base + byte, 0, 2);
 }
 
@@ -539,18 +556,36 @@ bool tile(const LogMelFbankPlan& plan, const LogMelFbankRow& row, int64_t first,
           float* out, double* sums, float* highest, float* memory) {
   const Workspace at(plan);
   float *signal = memory + at.signal, *data = memory + at.data, *power = memory + at.power;
-  const int64_t samples = round_up((count - 1) * plan.frame_shift + plan.frame_length, W) + W;
-  const bool good = row.shorts ? prepare(plan, row, row.shorts, first, samples, signal)
-                               : prepare(plan, row, row.floats, first, samples, signal);
-  prefetch(row, first + W * plan.frame_shift, W * plan.frame_shift + plan.frame_length);
-  for (int64_t i = 0; i < W * plan.size; i += 16) __builtin_prefetch(out + i, 1, 3);
+  const auto prepared = [&](int64_t from, int64_t used, float* to) {
+    const int64_t whole = round_up(used, W);
+    return row.shorts ? prepare(plan, row, row.shorts, from, used, whole, to)
+                      : prepare(plan, row, row.floats, from, used, whole, to);
+  };
+  const int64_t stride = frame_stride(plan);
+  bool good = true;
+  if (stride == plan.frame_shift) {
+    const int64_t used = (count - 1) * stride + plan.frame_length;
+    good = prepared(first, used, signal);
+    // Read, but not used, by the last vector of the last frame.
+    for (int64_t w = 0; w < W; ++w) signal[round_up(used, W) + w] = 0;
+  } else {
+    for (int64_t w = 0; w < count; ++w)
+      good &= prepared(first + w * plan.frame_shift, plan.frame_length, signal + w * stride);
+  }
+  // The next tile starts where this one has its last frames.
+  const int64_t next = first + (W - 1) * plan.frame_shift + plan.frame_length,
+                part = W * plan.frame_shift / 4;
+  prefetch(row, next, part);
+  for (int64_t i = 0; i < count * plan.size; i += 16) __builtin_prefetch(out + i, 1, 3);
   const float* frames[W];
-  for (int64_t w = 0; w < W; ++w)
-    frames[w] = signal + (w < count ? w : count - 1) * plan.frame_shift;
+  for (int64_t w = 0; w < W; ++w) frames[w] = signal + (w < count ? w : count - 1) * stride;
   V energy = window_frames(plan, frames, data, plan.points == plan.fft_size ? 2 : 1);
+  prefetch(row, next + part, part);
   for (int64_t k = 0; k < plan.num_passes; ++k)
     run_any_pass(plan.passes[k], data, memory + at.scratch);
+  prefetch(row, next + 2 * part, part);
   power_spectrum(plan, data, power);
+  prefetch(row, next + 3 * part, part);
   if (plan.magnitude || plan.clip) {
     for (int64_t k = 0; k <= plan.fft_size / 2; ++k)
       store(power + k * W, compress_bin(plan, load(power + k * W)));

@@ -78,7 +78,10 @@ std::tuple<Tensor, Tensor> log_mel_fbank(
       .lengths = n.const_data_ptr<int64_t>(),
       .window = taper.const_data_ptr<float>(),
       .mel = filters.const_data_ptr<float>(),
-      .cosines = transform ? transform->const_data_ptr<float>() : nullptr,
+      // A transform without rows has no address, and yet is not none.
+      .cosines = !transform           ? nullptr
+                 : transform->size(0) ? transform->const_data_ptr<float>()
+                                      : taper.const_data_ptr<float>(),
       .seeds = noise ? noise->const_data_ptr<int64_t>() : nullptr,
       .masks = zeros ? zeros->const_data_ptr<int64_t>() : nullptr,
       .features = features.mutable_data_ptr(),

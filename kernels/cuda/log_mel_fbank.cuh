@@ -88,8 +88,8 @@ struct LogMelFbankBudget {
 };
 cudaError_t log_mel_fbank_budget(const LogMelFbankParams& params, LogMelFbankBudget& budget);
 
-// One launch, and one more where features are normalised over the utterance or the waveform is.
-// Returns cudaErrorInvalidValue, launching nothing, for sizes that the kernels cannot take.
+// One launch, one more where features are normalised over the utterance, and one where the waveform
+// is. Returns cudaErrorInvalidValue, launching nothing, for sizes that the kernels cannot take.
 cudaError_t launch_log_mel_fbank(const LogMelFbankParams& params, cudaStream_t stream);
 
 }  // namespace spkfast

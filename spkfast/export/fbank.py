@@ -27,7 +27,7 @@ class FbankGraph(nn.Module):
     frames statistics go. Dither, which is for training, is left out.
 
     The rounding of the constants costs less than 1e-4 in speech. Beyond that the runtime adds that of its sums, which
-    shows in bins far quieter than their frame; these must stay float32, TF32 and half precision cost up to 0.3.
+    shows in bins far quieter than their frame; these must stay float32: TF32 and half precision are not enough.
 
     Args:
         spec: The front-end.
@@ -62,6 +62,7 @@ class FbankGraph(nn.Module):
         self._behind = len(window) + s.offset - s.first_frame
         # Bins that no filter reads are left out, but the energy after the window needs all.
         bins = np.arange(mel.shape[1]) if s.energy == 2 else np.flatnonzero(mel.any(axis=0))
+        bins = bins if len(bins) else np.arange(1)  # a convolution has a channel at least
         constants = {"_dft": _frame_matrix(window, bins, s), "_mel": mel[:, bins]}
         # The exporter drops the addition of a scalar up to 1e-8, and rounds scalars to float32: these are arrays.
         numbers = {"preemphasis": s.preemphasis, "log_offset": s.log_offset, "var_eps": s.var_eps, "std_eps": s.std_eps}
@@ -93,7 +94,7 @@ class FbankGraph(nn.Module):
             Features (B, T, D), zero past an utterance's end, and frames per utterance (B,), int64.
 
         Raises:
-            InputError: If ``waveforms`` has another shape or dtype.
+            InputError: If ``waveforms`` or ``lengths`` has another shape or dtype.
         """
         s = self._s
         if waveforms.ndim != 2 or waveforms.dtype != self._mel.dtype or waveforms.shape[1] < self.min_samples:
@@ -101,12 +102,17 @@ class FbankGraph(nn.Module):
                 f"waveforms must be {self._mel.dtype} of shape (B, S), S at least {self.min_samples}, got "
                 f"{waveforms.dtype} of shape {tuple(waveforms.shape)}"
             )
+        if lengths is not None and (lengths.shape != waveforms.shape[:1] or lengths.dtype != torch.int64):
+            raise InputError(
+                f"lengths must be int64 of shape (B,), got {lengths.dtype} of shape {tuple(lengths.shape)}"
+            )
         samples = waveforms.shape[1]
         num_frames = (samples - s.first_frame) // s.frame_shift + 1
         inside = frames_inside = None
         if lengths is None:
             frame_lengths = torch.full_like(waveforms[:, 0], num_frames, dtype=torch.int64)
         else:
+            lengths = lengths.clamp(max=samples)
             frame_lengths = count_frames(lengths, s)
             inside = _range(samples, lengths) < lengths[:, None]
             frames_inside = (_range(num_frames, lengths) < frame_lengths[:, None])[:, None]  # [B, 1, T]

@@ -56,6 +56,8 @@ def log_mel_fbank(
             backend cannot run here.
     """
     _check(waveforms, lengths, seeds, masks)
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise InputError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     if lengths is None:
         lengths = waveforms.new_full(waveforms.shape[:1], waveforms.shape[1], dtype=torch.int64)
     computed = torch.float64 if waveforms.dtype == torch.float64 else torch.float32
@@ -79,12 +81,13 @@ def log_mel_fbank(
             masks,
             constants.integers,
             constants.floats,
-            dtype or computed,
+            computed if dtype == torch.float64 else dtype or computed,
             validate,
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    return features, frame_lengths
+    # No kernel writes float64 out of float32.
+    return features.to(dtype) if dtype == torch.float64 else features, frame_lengths
 
 
 def _check(waveforms: Tensor, lengths: Tensor | None, seeds: Tensor | None, masks: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spkfast import frontend_tables
 from spkfast.frontends import FrontendSpec, frontend
+from spkfast.ops.log_mel_fbank import _cuda_limit
 from spkfast.reference.log_mel_fbank import log_mel_fbank, padded_frames
 from tests.simt.host import ORDERS, ROOT, HostLibrary, SimtError, build
 
@@ -454,3 +455,12 @@ def test_each_barrier_is_needed(library: HostLibrary, barrier: int) -> None:
     finally:
         library.library.skip_barrier(-1)
     assert not all(same)
+
+
+def test_rule_of_sizes_is_that_of_the_public_function(library: HostLibrary) -> None:
+    settings = frontend_tables.settings(frontend("wespeaker"))
+    for size in range(2, 2200):
+        for shift in (1, size, size + 1):
+            for rows in (1, 1025, 1026):
+                reason = _cuda_limit(settings._replace(fft_size=size, frame_shift=shift), rows)
+                assert library.library.takes(size, shift, rows, 0) == (not reason), (size, shift, rows)

@@ -113,9 +113,6 @@ def test_refuses_wrong_seeds():
         layer(voice(2, 800), seeds=torch.arange(3))
 
 
-# Statistics of the dither ---------------------------------------------------------------------------------------------
-
-
 def test_noise_is_standard_normal():
     noise = gaussian_noise(torch.tensor([0, 1, -1, 2**40]), 50000, torch.float64)
     spread = 50000**-0.5

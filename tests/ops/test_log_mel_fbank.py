@@ -703,7 +703,7 @@ def test_bad_samples_spoil_their_row_alone(
         assert torch.equal(features[1, :count][~spoilt], clean[1, :count][~spoilt])
 
 
-def test_a_bad_sample_spoils_all_under_top_db(backend: Backend, device: torch.device) -> None:
+def test_a_bad_sample_spoils_all_under_top_db(backend: Backend, device: torch.device, interpreted: bool) -> None:
     x = voice(2, 2000 if interpreted else 16000).float().to(device)
     x[0, 1000] = math.nan
     spec = replace(PRESETS["speechbrain"], mean_norm=False)

@@ -37,14 +37,12 @@ def thin(x: np.ndarray, *, normalise: bool = True, scale: float = 1.0) -> np.nda
     return (out - mean) / np.sqrt(variance + 1e-5)
 
 
-def titanet(x: np.ndarray, *, normalise: bool = True, valid_only: bool = True) -> np.ndarray:
+def titanet(x: np.ndarray, *, normalise: bool = True) -> np.ndarray:
     """TitaNet-large (NVIDIA NeMo, from July 2025, 2.5 on): 80 log-mel values, mean and deviation per bin.
 
     Args:
         x: Samples in [-1, 1].
         normalise: Mean and deviation over the valid frames; without it, the log-mel values.
-        valid_only: Only the frames that the network counts as valid. Otherwise the whole tensor it is given: the
-            remaining frames zero, up to a multiple of 16.
     """
     x = np.asarray(x, dtype=np.float64)
     emphasised = x.copy()  # the first sample stays
@@ -67,11 +65,7 @@ def titanet(x: np.ndarray, *, normalise: bool = True, valid_only: bool = True) -
         mean = out.sum(axis=0) / valid
         deviation = np.sqrt(((out - mean) ** 2).sum(axis=0) / (valid - 1)) if valid > 1 else np.zeros(80)
         out = (out - mean) / (deviation + 1e-5)
-    if valid_only:
-        return out
-    whole = np.zeros((-(-frames // 16) * 16, 80))
-    whole[:valid] = out
-    return whole
+    return out
 
 
 def redimnet2(x: np.ndarray, *, normalise: bool = True, waveform_norm: bool = True, n_mels: int = 72) -> np.ndarray:

@@ -65,7 +65,11 @@ void with_samples(const py::handle& samples, Use&& use) {
   const auto array = py::array::ensure(samples);
   if (array && array.dtype().kind() == 'f') return checked(Floats(array));
   if (array && array.dtype().is(py::dtype::of<int16_t>())) return checked(Shorts(array));
-  throw std::invalid_argument("samples must be an array of floats or of int16");
+  if (array && array.dtype().kind() == 'i' && array.itemsize() == 2)  // in another byte order
+    return checked(Shorts(array.attr("astype")("int16")));
+  const std::string found = array ? py::str(array.dtype()).cast<std::string>()
+                                  : std::string(Py_TYPE(samples.ptr())->tp_name);
+  throw std::invalid_argument("samples must be an array of floats or of int16, got " + found);
 }
 
 class Stream {

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from spkfast import backends, frontend_tables
 from spkfast.errors import InputError
-from spkfast.frontends import FrontendSpec
+from spkfast.frontends import FrontendSpec, require_spec
 
 
 class NumpyFbank:
@@ -23,6 +23,7 @@ class NumpyFbank:
     """
 
     def __init__(self, spec: FrontendSpec) -> None:
+        require_spec(spec)
         self.spec = spec
         self._fbank: Any = _made("Fbank", spec)
 
@@ -38,6 +39,12 @@ class NumpyFbank:
             return self._fbank.compute(samples)
         except ValueError as error:
             raise InputError(str(error)) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NumpyFbank, (self.spec,)
+
+    def __repr__(self) -> str:
+        return f"NumpyFbank({self.spec.output_size} values, hash={self.spec.hash})"
 
 
 class StreamingFbank:
@@ -55,12 +62,19 @@ class StreamingFbank:
     """
 
     def __init__(self, spec: FrontendSpec) -> None:
+        require_spec(spec)
         whole = [name for name in ("mean_norm", "std_norm") if getattr(spec, name)]
         whole += ["top_db"] * (spec.top_db is not None) + ["waveform_norm"] * (spec.waveform_norm != "none")
         if whole:
             raise InputError(f"a stream cannot compute what needs the whole utterance: {', '.join(whole)}")
         self.spec = spec
         self._stream: Any = _made("FbankStream", spec)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise InputError("a stream cannot be copied or pickled: make one from its spec")
+
+    def __repr__(self) -> str:
+        return f"StreamingFbank({self.spec.output_size} values, hash={self.spec.hash})"
 
     def push(self, samples: ArrayLike) -> NDArray[np.float32]:
         """The frames (t, D) that become complete with these samples.

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 from typing import Any
 
 from spkfast.errors import InputError, nearest
@@ -169,13 +170,18 @@ class FrontendSpec:
     def _check_types(self) -> None:
         """A YAML file may hold anything; ``'16000'`` or ``yes`` must not get as far as an arithmetic error."""
         for field in dataclasses.fields(self):
-            value, name = getattr(self, field.name), str(field.type).split(" | ")[0]
-            allowed = {"int": int, "float": int | float, "bool": bool, "str": str}.get(name)
+            name = str(field.type).split(" | ")[0]
+            value: Any = getattr(self, field.name)
+            allowed: Any = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str}.get(name)
             if allowed is None or (value is None and "None" in str(field.type)):
                 continue
             wrong_bool = isinstance(value, bool) and name != "bool"
             if wrong_bool or not isinstance(value, allowed) or (name == "float" and not math.isfinite(float(value))):
                 raise InputError(f"{field.name} must be of type {field.type} and finite, got {value!r}")
+            if name in ("int", "float"):  # numpy's numbers too
+                object.__setattr__(
+                    self, field.name, int(value) if isinstance(value, numbers.Integral) else float(value)
+                )
 
     @property
     def frame_length(self) -> int:
@@ -234,8 +240,10 @@ class FrontendSpec:
         Raises:
             InputError: If a field is unknown or has no sensible value.
         """
+        if not isinstance(fields, dict):
+            raise InputError(f"the fields of a front-end must be a mapping, got {fields!r}")
         known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
+        for name in map(str, fields):
             if name not in known:
                 raise InputError(f"unknown front-end field {name!r}{nearest(name, known)}")
         return cls(**fields)
@@ -293,12 +301,25 @@ def frontend(preset: str, **fields: Any) -> FrontendSpec:
     Args:
         preset: ``kaldi``, ``wespeaker``, ``3dspeaker``, ``speechbrain``, ``taoruijie`` (the same as ``espnet``),
             ``clova_l`` and ``clova_v2`` (voxceleb_trainer's ResNetSE34L and V2), ``vgg`` (its VGGVox), ``thin`` (its
-            Thin ResNet-34), ``redimnet``, ``redimnet2``, ``titanet`` or ``mfcc`` (Kaldi's).
+            Thin ResNet-34), ``redimnet``, ``redimnet2``, ``titanet`` or ``mfcc`` (Kaldi's, the zeroth cepstrum in
+            the place where ``compute-mfcc-feats`` puts the energy unless told otherwise: ``use_energy``). ``dither`` is
+            0 in all but ``titanet``, also where a toolkit trains with 1.
         **fields: Fields of :class:`FrontendSpec`.
 
     Raises:
         InputError: If the preset or a field is unknown.
     """
     if preset not in _PRESETS:
-        raise InputError(f"unknown front-end preset {preset!r}; known: {', '.join(sorted(_PRESETS))}")
+        known = sorted(_PRESETS)
+        raise InputError(f"unknown front-end preset {preset!r}{nearest(preset, known)}; known: {', '.join(known)}")
     return FrontendSpec.from_dict({**_PRESETS[preset], **fields})
+
+
+def require_spec(spec: object) -> None:
+    """Refuses what is no FrontendSpec, with a word on how to get one.
+
+    Raises:
+        InputError: Where ``spec`` is anything else, such as the name of a preset.
+    """
+    if not isinstance(spec, FrontendSpec):
+        raise InputError(f"spec must be a FrontendSpec, as spkfast.frontend('wespeaker') gives one, got {spec!r}")

@@ -158,7 +158,9 @@ def test_messages(fields: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(InputError, match="unknown front-end preset 'wespeakr'; known: 3dspeaker, clova_l"):
+    with pytest.raises(
+        InputError, match=r"preset 'wespeakr' \(did you mean 'wespeaker'\?\); known: 3dspeaker, clova_l"
+    ):
         spkfast.frontend("wespeakr")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -272,3 +273,27 @@ def test_an_hour_takes_the_memory_of_a_minute_and_no_torch(tmp_path: Any) -> Non
     assert frames == "360000" and torch_loaded == "False"
     # An hour of samples is 225,000 kB.
     assert int(grown) < (10000 if sys.platform == "linux" else 10000 * 1024)
+
+
+def test_copies_and_types() -> None:
+    fbank, samples = spkfast.NumpyFbank(spkfast.frontend("kaldi")), noise(1000)
+    again = pickle.loads(pickle.dumps(fbank))
+    np.testing.assert_array_equal(again(samples), fbank(samples))
+    assert fbank.spec.hash in repr(fbank)
+    shorts = (samples * 32767).astype(np.int16)
+    np.testing.assert_array_equal(fbank(shorts.astype(">i2")), fbank(shorts))
+    with pytest.raises(spkfast.InputError, match="an array of floats or of int16, got int32"):
+        fbank(shorts.astype(np.int32))
+    with pytest.raises(spkfast.InputError, match="a stream cannot be copied or pickled"):
+        pickle.dumps(spkfast.StreamingFbank(spkfast.frontend("kaldi")))
+
+
+def test_frames_over_zeros_wait_for_no_reflection() -> None:
+    stream = spkfast.StreamingFbank(spkfast.frontend("kaldi", pad_samples=1000, pad_mode="constant"))
+    # Frames end at 400 + 160 t - 1000 of the signal: eight of them by sample 520.
+    assert len(stream.push(noise(520))) == 8
+
+
+def test_silence_is_exactly_its_own_mean() -> None:
+    spec = spkfast.frontend("wespeaker")
+    assert not spkfast.NumpyFbank(spec)(np.zeros(16000, np.float32)).any()

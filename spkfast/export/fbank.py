@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spkfast import frontend_tables
 from spkfast.errors import InputError
 from spkfast.frontend_tables import Settings, Table
-from spkfast.frontends import FrontendSpec
+from spkfast.frontends import FrontendSpec, require_spec
 from spkfast.reference.log_mel_fbank import count_frames
 
 Form = Literal["conv", "matmul"]
@@ -54,6 +54,7 @@ class FbankGraph(nn.Module):
             raise InputError(f"form must be 'conv' or 'matmul', got {form!r}")
         if dtype not in (torch.float32, torch.float64):
             raise InputError(f"dtype must be float32 or float64, got {dtype}")
+        require_spec(spec)
         self.spec, self.form = spec, form
         self._s = s = frontend_tables.settings(spec)
         window, mel, cosines = frontend_tables.tables(spec)
@@ -97,6 +98,8 @@ class FbankGraph(nn.Module):
             InputError: If ``waveforms`` or ``lengths`` has another shape or dtype.
         """
         s = self._s
+        if self._mel.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"the graph computes in float32 or float64, it was turned into {self._mel.dtype}")
         if waveforms.ndim != 2 or waveforms.dtype != self._mel.dtype or waveforms.shape[1] < self.min_samples:
             raise InputError(
                 f"waveforms must be {self._mel.dtype} of shape (B, S), S at least {self.min_samples}, got "

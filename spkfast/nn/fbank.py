@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from spkfast import frontend_tables, functional
 from spkfast.backends import Backend
-from spkfast.frontends import FrontendSpec
+from spkfast.errors import InputError
+from spkfast.frontends import FrontendSpec, require_spec
 from spkfast.nn.spec_augment import SpecAugment
+from spkfast.ops.log_mel_fbank import check_arguments
 from spkfast.reference.log_mel_fbank import count_frames
 
 
@@ -36,6 +38,9 @@ class Fbank(nn.Module):
         validate: bool = True,
     ) -> None:
         super().__init__()
+        require_spec(spec)
+        if not (spec_augment is None or isinstance(spec_augment, SpecAugment)):
+            raise InputError(f"spec_augment must be a SpecAugment or None, got {spec_augment!r}")
         self.spec, self.spec_augment, self.dtype = spec, spec_augment, dtype
         self.backend, self.validate = backend, validate
         self._settings = frontend_tables.settings(spec)
@@ -57,6 +62,7 @@ class Fbank(nn.Module):
         Raises:
             InputError: As :func:`spkfast.functional.log_mel_fbank` does.
         """
+        check_arguments(waveforms, lengths, seeds, None)
         masks = None
         if not self.training or (self.spec_augment is None and not self.spec.dither):
             seeds = None
@@ -80,5 +86,6 @@ class Fbank(nn.Module):
     def extra_repr(self) -> str:
         """The settings that tell two front-ends apart at a glance."""
         settings = f"{self.spec.output_size} values, window={self.spec.window!r}, hash={self.spec.hash}"
+        settings += f", dither={self.spec.dither}" if self.spec.dither else ""
         augment = "" if self.spec_augment is None else f", {self.spec_augment}"
         return f"{settings}, backend={self.backend!r}{augment}"

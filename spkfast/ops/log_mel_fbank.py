@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from spkfast import backends, frontend_tables, reference
 from spkfast.backends import Backend
 from spkfast.errors import InputError
 from spkfast.frontend_tables import Settings
-from spkfast.frontends import FrontendSpec
+from spkfast.frontends import FrontendSpec, require_spec
 from spkfast.ops._registration import gradient_of, register_op
 from spkfast.reference.log_mel_fbank import padded_frames
 
@@ -55,7 +56,8 @@ def log_mel_fbank(
         InputError: If shapes or dtypes are wrong, a length lies outside 0..S, a sample is NaN or infinite, or the
             backend cannot run here.
     """
-    _check(waveforms, lengths, seeds, masks)
+    require_spec(spec)
+    check_arguments(waveforms, lengths, seeds, masks)
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise InputError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     if lengths is None:
@@ -90,7 +92,12 @@ def log_mel_fbank(
     return features.to(dtype) if dtype == torch.float64 else features, frame_lengths
 
 
-def _check(waveforms: Tensor, lengths: Tensor | None, seeds: Tensor | None, masks: Tensor | None) -> None:
+def check_arguments(waveforms: Tensor, lengths: Tensor | None, seeds: Tensor | None, masks: Tensor | None) -> None:
+    """Refuses arguments of wrong shapes or types; the module checks before it draws masks.
+
+    Raises:
+        InputError: As :func:`log_mel_fbank`.
+    """
     for name, value in (("waveforms", waveforms), ("lengths", lengths), ("seeds", seeds), ("masks", masks)):
         if value is not None and not isinstance(value, Tensor):
             raise InputError(f"{name} must be a torch tensor, got {type(value).__name__}")
@@ -149,7 +156,9 @@ def _constants(fields: tuple[Any, ...], dtype: torch.dtype, device: torch.device
 @functools.lru_cache(maxsize=64)
 def _cached_constants(fields: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> _Constants:
     spec = FrontendSpec(*fields)
-    with torch.inference_mode(False):  # tables made under inference mode could not be saved for a gradient later
+    # Kept for later calls, so neither made under inference mode, which could not be saved for a gradient, nor fake, as
+    # a call that is being traced would have them.
+    with torch.inference_mode(False), _disable_current_modes():
         tables = [
             None if table is None else torch.from_numpy(table).to(device, dtype)
             for table in frontend_tables.tables(spec)

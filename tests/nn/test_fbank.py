@@ -145,3 +145,11 @@ def test_noise_scales_with_the_spec_and_is_equal_on_native():
         energies[dither] = both[1][..., 0].exp().mean() / 399
     assert abs(energies[1.0] - 1) < 0.02
     torch.testing.assert_close(energies[8.0], 64 * energies[1.0], rtol=1e-4, atol=0)
+
+
+def test_training_mode_checks_before_it_draws():
+    layer = Fbank(spkfast.frontend("kaldi"), spec_augment=SpecAugment()).train()
+    with pytest.raises(spkfast.InputError, match=r"lengths must be int64 counts of samples, got torch\.int32"):
+        layer(voice(1, 800), torch.tensor([800], dtype=torch.int32))
+    with pytest.raises(spkfast.InputError, match="spec_augment must be a SpecAugment or None, got True"):
+        Fbank(spkfast.frontend("kaldi"), spec_augment=True)

@@ -775,3 +775,24 @@ def test_kernel_checks_its_arguments() -> None:
     for position, value, message in wrong:
         with pytest.raises(ValueError, match=message):
             torch.ops.spkfast.log_mel_fbank(*args[:position], value, *args[position + 1 :])
+
+
+def test_tracing_a_new_front_end_leaves_later_calls_alone() -> None:
+    # A front-end that no other test has, so that its tables are made while it is traced.
+    spec = spkfast.frontend("kaldi", n_mels=37)
+    x = voice(1, 2000).float()
+    program = torch.export.export(spkfast.nn.Fbank(spec).eval(), (x,))
+    features, _ = ops.log_mel_fbank(x, spec=spec)
+    assert type(features) is Tensor and torch.equal(program.module()(x)[0], features)
+
+
+def test_names_of_presets_are_no_specs() -> None:
+    for use in (spkfast.nn.Fbank, spkfast.NumpyFbank, spkfast.StreamingFbank, spkfast.export.FbankGraph):
+        with pytest.raises(spkfast.InputError, match=r"spec must be a FrontendSpec, as spkfast\.frontend"):
+            use("kaldi")  # type: ignore[arg-type]
+    with pytest.raises(spkfast.InputError, match="spec must be a FrontendSpec"):
+        ops.log_mel_fbank(voice(1, 800), spec="kaldi")  # type: ignore[arg-type]
+    with pytest.raises(
+        spkfast.InputError, match=r"dtype must be float16, bfloat16, float32 or float64, got torch\.int16"
+    ):
+        ops.log_mel_fbank(voice(1, 800), spec=spkfast.frontend("kaldi"), dtype=torch.int16)

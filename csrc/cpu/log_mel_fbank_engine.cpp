@@ -114,6 +114,7 @@ LogMelFbank::LogMelFbank(const LogMelFbankSettings& settings, const LogMelFbankT
       .window = taper_.data(),
       .passes = nullptr,
       .num_passes = 0,
+      .largest_radix = 0,
       .split_cosines = nullptr,
       .split_sines = nullptr,
       .positions = nullptr,
@@ -149,6 +150,7 @@ void LogMelFbank::plan_transform() {
       for (int64_t r = 1; r < radix; ++r) push_root(twiddles_, j * r, length);
     }
     passes_.push_back({radix, stride, blocks, nullptr});
+    plan_.largest_radix = std::max(plan_.largest_radix, radix);
     blocks *= radix;
     length = stride;
   }

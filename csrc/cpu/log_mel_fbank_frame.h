@@ -48,10 +48,6 @@ struct FrameWorkspace {
   int64_t signal, windowed, data, re, im, power, scratch, total;
 
   explicit FrameWorkspace(const LogMelFbankPlan& plan) {
-    int64_t radix = 0;
-    for (int64_t k = 0; k < plan.num_passes; ++k) {
-      if (plan.passes[k].radix > radix) radix = plan.passes[k].radix;
-    }
     const int64_t points = round_up(plan.points, W) + W;
     signal = 0;
     windowed = round_up(plan.frame_length, W) + 2 * W;
@@ -61,7 +57,7 @@ struct FrameWorkspace {
     im = re + points;
     power = im + points;
     scratch = power + round_up(plan.fft_size / 2 + 1 + kMelUnroll, W);
-    const int64_t general = 2 * radix * W, mels = kMelUnroll * plan.num_mels;
+    const int64_t general = 2 * plan.largest_radix * W, mels = kMelUnroll * plan.num_mels;
     total = scratch + (general > mels ? general : mels);
   }
 };

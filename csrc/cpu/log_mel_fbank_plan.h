@@ -31,7 +31,7 @@ struct LogMelFbankPlan {
   double var_eps, std_eps;
   const float* window;  // (frame_length,), halved where two real points are one complex point
   const FftPass* passes;
-  int64_t num_passes;
+  int64_t num_passes, largest_radix;
   const float *split_cosines, *split_sines;  // [points / 2 + 1] and more: of 2 pi k / fft_size
   const int32_t* positions;                  // [points]: where the transform leaves point k
   const MelFilter* filters;                  // [num_mels]

@@ -526,15 +526,11 @@ struct Workspace {
   int64_t signal, data, power, scratch, lanes, total;
 
   explicit Workspace(const LogMelFbankPlan& plan) {
-    int64_t radix = 0;
-    for (int64_t k = 0; k < plan.num_passes; ++k) {
-      if (plan.passes[k].radix > radix) radix = plan.passes[k].radix;
-    }
     data = 0;
     power = data + 2 * plan.points * W;
     lanes = power + (plan.fft_size / 2 + 1 + kMelUnroll) * W;
     scratch = lanes + (plan.num_mels + plan.size) * W;
-    signal = scratch + 2 * radix * W;
+    signal = scratch + 2 * plan.largest_radix * W;
     total = signal + round_up((W - 1) * frame_stride(plan) + plan.frame_length, W) + 2 * W;
   }
 };

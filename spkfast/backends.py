@@ -25,6 +25,8 @@ Backend = Literal["auto", "reference", "native", "triton"]
 
 _BACKENDS = ("reference", "native", "triton")
 _ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}  # what "auto" tries
+# Its product runs on tensor cores in Triton, and in C++ does not.
+_OWN_ORDER = {("attentive_stats_pool_from_hidden", "cuda"): ("triton", "native", "reference")}
 _PACKAGE = Path(__file__).parent
 _REBUILD = 'build it with: pip install --no-build-isolation -e "."'
 
@@ -57,7 +59,7 @@ def resolve(device: torch.device, backend: str, op: str, limits: Mapping[str, st
     """
     missing = {**_MISSING.get(device.type, {}).get(op, _other_device(device.type)), **(limits or {})}
     if backend == "auto":
-        for name in _ORDER.get(device.type, ()):
+        for name in _OWN_ORDER.get((op, device.type), _ORDER.get(device.type, ())):
             if not missing.get(name):
                 return name
         return "reference"

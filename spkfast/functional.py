@@ -1,5 +1,17 @@
-"""The ops as functions, like ``torch.nn.functional``."""
+"""The ops as functions of tensors, like torch.nn.functional."""
 
-from spkfast.ops import log_mel_fbank
+from spkfast.ops import (
+    attentive_stats_pool,
+    attentive_stats_pool_from_hidden,
+    log_mel_fbank,
+    weighted_moments,
+    weighted_moments_from_hidden,
+)
 
-__all__ = ["log_mel_fbank"]
+__all__ = [
+    "attentive_stats_pool",
+    "attentive_stats_pool_from_hidden",
+    "log_mel_fbank",
+    "weighted_moments",
+    "weighted_moments_from_hidden",
+]

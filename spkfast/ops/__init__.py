@@ -4,6 +4,18 @@ from spkfast import backends
 
 backends.load()
 
-from spkfast.ops.log_mel_fbank import log_mel_fbank  # noqa: E402  the libraries hold the schemas
+# The libraries hold the schemas.
+from spkfast.ops.attentive_stats_pool import attentive_stats_pool, weighted_moments  # noqa: E402
+from spkfast.ops.attentive_stats_pool_from_hidden import (  # noqa: E402
+    attentive_stats_pool_from_hidden,
+    weighted_moments_from_hidden,
+)
+from spkfast.ops.log_mel_fbank import log_mel_fbank  # noqa: E402
 
-__all__ = ["log_mel_fbank"]
+__all__ = [
+    "attentive_stats_pool",
+    "attentive_stats_pool_from_hidden",
+    "log_mel_fbank",
+    "weighted_moments",
+    "weighted_moments_from_hidden",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,10 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(first: Tensor, *args: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
+        device = first.device.type
+        if not torch.amp.is_autocast_available(device):  # on meta tensors, say
+            return function(first, *args)
+        with torch.autocast(device, enabled=False):
             return function(first, *args)
 
     return wrapped
@@ -99,6 +102,94 @@ def register_op(
             torch.library.register_fake(f"spkfast::{op}", fake)
             torch.library.register_autograd(f"spkfast::{op}", gradient, setup_context=setup_context)
     return implementations
+
+
+def register_with_backward(
+    name: str,
+    reference: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+    num_outputs: int,
+    differentiable: Sequence[int],
+    formula: Callable[[str], Callable[..., Any]] | None = None,
+) -> dict[str, Callable[..., Any]]:
+    """Registers an op whose gradient is an op too; returns its implementations by backend name.
+
+    The op gives the outputs of its definition and then what its gradient needs. ``<name>_backward`` takes the gradients
+    of the former, the arguments of the op and all its outputs, and gives the gradients of the arguments that have one.
+    The Triton module of the op has ``forward`` and, where there is no ``formula``, ``backward`` with those signatures.
+
+    Args:
+        name: Name of the op, ``spkfast::<name>``.
+        reference: The definition.
+        fake: Empty outputs of the right shapes.
+        backward_fake: The same for the gradient.
+        num_outputs: How many outputs the definition has.
+        differentiable: Positions of the arguments that have a gradient.
+        formula: The gradient in terms of other ops, by backend (``native`` or ``triton``); None where it is a kernel.
+    """
+    implementations = {"reference": full_precision(reference)}
+    if not _has_schema(name):  # the library that holds the schemas is missing, and no kernel runs
+        return implementations
+    native, triton = getattr(torch.ops.spkfast, name), f"{name}_triton"
+    native_backward = getattr(torch.ops.spkfast, f"{name}_backward")
+    _define_like(native, triton, _in_triton_module(name, "forward"))
+    if formula is None:
+        _define_like(native_backward, f"{triton}_backward", _in_triton_module(name, "backward"))
+    else:
+        _LIBRARY.impl(f"{name}_backward", full_precision(formula("native")), "CompositeExplicitAutograd")
+        _define_like(native_backward, f"{triton}_backward", full_precision(formula("triton")))
+    for op in (name, triton):
+        backward = getattr(torch.ops.spkfast, f"{op}_backward")
+        torch.library.register_fake(f"spkfast::{op}", fake)
+        torch.library.register_fake(f"spkfast::{op}_backward", backward_fake)
+        torch.library.register_autograd(f"spkfast::{op}_backward", functools.partial(_no_second_derivative, name))
+        torch.library.register_autograd(
+            f"spkfast::{op}",
+            functools.partial(_call_backward, backward, num_outputs, tuple(differentiable)),
+            setup_context=_save_all,
+        )
+    return implementations | {"native": native, "triton": getattr(torch.ops.spkfast, triton)}
+
+
+def _define_like(op: Any, name: str, function: Callable[..., Any]) -> None:
+    """Defines ``spkfast::<name>`` with the schema of another op."""
+    schema = str(op.default._schema)
+    torch.library.custom_op(f"spkfast::{name}", function, mutates_args=(), schema=schema[schema.index("(") :])
+
+
+def _in_triton_module(name: str, function: str) -> Callable[..., Any]:
+    # Imported on first use: triton takes a while, and most machines never run it.
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"spkfast.kernels.triton.{name}"), function)(*args)
+
+    return call
+
+
+def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    values = (*inputs, *output)
+    ctx.given = [value is not None for value in values]
+    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(*(value for value in values if value is not None))
+
+
+def _call_backward(
+    backward: Callable[..., Any], num_outputs: int, differentiable: tuple[int, ...], ctx: Any, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    tensors = iter(ctx.saved_tensors)
+    values = [next(tensors) if given else None for given in ctx.given]
+    outputs = values[ctx.num_inputs :]
+    found = [
+        torch.zeros_like(cast(Tensor, output)) if grad is None else grad.contiguous()
+        for grad, output in zip(grads[:num_outputs], outputs, strict=False)
+    ]
+    gradients: list[Tensor | None] = [None] * ctx.num_inputs
+    for position, gradient in zip(differentiable, backward(*found, *values), strict=True):
+        if ctx.given[position]:
+            gradients[position] = gradient
+    return tuple(gradients)
 
 
 def _has_schema(name: str) -> bool:

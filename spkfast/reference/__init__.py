@@ -1,6 +1,8 @@
 """The definitions: what each op means, in plain torch, for any floating dtype and device."""
 
+from spkfast.reference.attentive_stats_pool import attentive_stats_pool
+from spkfast.reference.attentive_stats_pool_from_hidden import attentive_stats_pool_from_hidden
 from spkfast.reference.log_mel_fbank import log_mel_fbank
 from spkfast.reference.margin_softmax_loss import margin_softmax_loss
 
-__all__ = ["log_mel_fbank", "margin_softmax_loss"]
+__all__ = ["attentive_stats_pool", "attentive_stats_pool_from_hidden", "log_mel_fbank", "margin_softmax_loss"]

@@ -3,12 +3,12 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <vector>
 
 #include "../log_mel_fbank_settings.h"
 #include "cpu_level.h"
 #include "log_mel_fbank_plan.h"
+#include "parallel_for.h"
 
 namespace spkfast::cpu {
 
@@ -92,9 +92,6 @@ struct LogMelFbankBatch {
   int64_t* frame_lengths;  // (batch,)
   int64_t batch, samples, frames;
 };
-
-using ParallelFor = std::function<void(int64_t begin, int64_t end, int64_t grain,
-                                       const std::function<void(int64_t, int64_t)>& body)>;
 
 // Computes all of `features` and `frame_lengths`. Returns the first row with a NaN or infinite
 // sample, or -1.

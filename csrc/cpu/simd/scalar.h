@@ -27,6 +27,22 @@ inline V all(float x) { return V{x, x, x, x}; }
 inline V madd(V a, V b, V c) { return a * b + c; }
 inline V nmadd(V a, V b, V c) { return c - a * b; }
 inline V root(V v) { return V{std::sqrt(v[0]), std::sqrt(v[1]), std::sqrt(v[2]), std::sqrt(v[3])}; }
+// The larger one of each lane; b where either is NaN.
+inline V larger(V a, V b) { return a > b ? a : b; }
+// Of magnitudes below 2^22.
+inline V nearest_whole(V v) { return (v + 0x1.8p23F) - 0x1.8p23F; }
+inline float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float largest(V v) {
+  const float even = v[0] > v[2] ? v[0] : v[2], odd = v[1] > v[3] ? v[1] : v[3];
+  return even > odd ? even : odd;
+}
+// The first n values of p, fewer than W, and the lanes of `rest` after them. Reads no further.
+inline V load_first(const float* p, int64_t n, V rest) {
+  std::memcpy(&rest, p, n * sizeof(float));
+  return rest;
+}
+// The first n lanes, fewer than W.
+inline void store_first(float* p, int64_t n, V v) { std::memcpy(p, &v, n * sizeof(float)); }
 
 // Rows become columns.
 inline void transpose(V (&v)[W]) {
@@ -40,4 +56,12 @@ inline void transpose(V (&v)[W]) {
   v[3] = __builtin_shuffle(b, d, I{2, 3, 6, 7});
 }
 
+// Moves an aligned line of 64 bytes; nothing is left to be made visible.
+[[gnu::always_inline]] inline void stream_line(void* to, const void* from) {
+  __builtin_memcpy(to, from, 64);
+}
+[[gnu::always_inline]] inline void end_stream() {}
+
 }  // namespace
+
+#include "small_floats.h"

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../log_mel_fbank.h"
+#include "launch.h"
 #include "log_mel_fbank.cuh"
 
 namespace spkfast::cuda {
@@ -21,13 +22,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-FloatType float_type(ScalarType dtype) {
-  check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-        "dtype must be Float, Half or BFloat16 on CUDA, got ", torch::headeronly::toString(dtype));
-  if (dtype == ScalarType::Half) return FloatType::kHalf;
-  return dtype == ScalarType::BFloat16 ? FloatType::kBfloat16 : FloatType::kFloat;
-}
 
 int32_t narrow(const char* name, int64_t value) {
   check(
@@ -102,7 +96,7 @@ std::tuple<Tensor, Tensor> log_mel_fbank(
       .waveform_norm = narrow("waveform_norm", s.waveform_norm),
       .preemphasis_mode = narrow("preemphasis_mode", s.preemphasis_mode),
       .energy = narrow("energy", s.energy),
-      .type = float_type(dtype),
+      .type = float_type("dtype", dtype),
       .sample_scale = static_cast<float>(s.sample_scale),
       .preemphasis = static_cast<float>(s.preemphasis),
       .spectrum_low = static_cast<float>(s.spectrum_low),
@@ -130,9 +124,7 @@ std::tuple<Tensor, Tensor> log_mel_fbank(
     workspace = torch::stable::new_empty(x, {static_cast<int64_t>(needed)}, ScalarType::Float);
     params.workspace = workspace->mutable_data_ptr<float>();
   }
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  STD_CUDA_CHECK(launch_log_mel_fbank(params, static_cast<cudaStream_t>(stream)));
+  STD_CUDA_CHECK(launch_log_mel_fbank(params, current_stream(x)));
   return {features, frame_lengths};
 }
 

@@ -15,7 +15,24 @@ from tests.conftest import require
 TARGETS = ("80", "90", "100")
 # The most registers that a thread may take for as many blocks to run at once as the kernel is laid out for, by a part
 # of the mangled name; the shared memory that goes with them is in the op's test under the SIMT shim.
+_TYPES = ("f", "6__half", "13__nv_bfloat16")
 REGISTERS = {
+    "attentive_stats_pool": {
+        f"attentive_stats_pool_{kernel}_kernelI{dtype}{rest}E": 65536 // (blocks * 256)
+        for dtype in _TYPES
+        for kernel, rest, blocks in (
+            ("rows", "Li4E", 4),
+            ("rows", "Li7E", 2),
+            ("rows", "Li10E", 2),
+            ("columns", "", 3),
+            ("backward_rows", "", 4),
+            ("backward_columns", "", 2),
+            ("backward_sum", "", 8),
+        )
+    },
+    "attentive_stats_pool_from_hidden": {
+        f"from_hidden_kernelI{dtype}Lb{last}E": 65536 // (4 * 128) for dtype in _TYPES for last in (0, 1)
+    },
     "log_mel_fbank": {
         "UnrolledILi16ELi16ELi400ELi256E": 65536 // (2 * 256),
         "UnrolledILi10ELi20ELi400ELi192E": 65536 // (2 * 192),
@@ -23,7 +40,7 @@ REGISTERS = {
         "7General": 65536 // (4 * 128),
         "log_mel_fbank_norm_kernel": 65536 // (2 * 512),
         "log_mel_fbank_waveform_kernel": 65536 // 1024,
-    }
+    },
 }
 _KERNEL = re.compile(
     r"Compiling entry function '(\S+)' for '(\S+)'.*?"

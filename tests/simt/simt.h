@@ -476,6 +476,18 @@ inline uint16_t narrow(float value, int exponent, int mantissa) {
 
 }  // namespace simt
 
+inline float __bfloat162float(__nv_bfloat16 value) {
+  return __int_as_float(static_cast<int>(static_cast<unsigned>(value.bits) << 16));
+}
+
+inline float __half2float(__half value) {
+  const int exponent = value.bits >> 10 & 31, mantissa = value.bits & 1023;
+  float magnitude = static_cast<float>(
+      std::ldexp(mantissa | (exponent ? 1024 : 0), (exponent ? exponent : 1) - 25));
+  if (exponent == 31) magnitude = mantissa ? NAN : INFINITY;
+  return value.bits >> 15 ? -magnitude : magnitude;
+}
+
 inline __half __float2half_rn(float value) { return {simt::narrow(value, 5, 10)}; }
 inline __nv_bfloat16 __float2bfloat16_rn(float value) { return {simt::narrow(value, 8, 7)}; }
 

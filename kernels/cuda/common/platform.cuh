@@ -31,5 +31,16 @@ __device__ __forceinline__ float approximate_log2(float x) {
 #endif
 }
 
+// Within two units in the last place, and 0 where the result would be subnormal.
+__device__ __forceinline__ float approximate_exp2(float x) {
+#ifdef SPKFAST_SIMT
+  return x < -126 ? 0.0f : std::exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 }  // namespace spkfast
 #endif

@@ -32,9 +32,49 @@ _USUAL = _ALL | {
 }
 _FEW = _USUAL | {"CLASSES": 1, "PREEMPHASIS": 0, "REMOVE_DC": False}
 
+# Pooling: full logits, frames side by side and loads of 16 bytes, unless a form says otherwise.
+_POOL: dict[str, Any] = {"RAGGED": True, "LOGITS": 2, "LAST": False, "UNIT": 4, "WEIGHT_UNIT": 4}
+_HALF: dict[str, Any] = dict.fromkeys(("x", "logits", "hidden", "weight", "bias", "grad_x", "grad_logits"), "*bf16")
+_HALF |= {"UNIT": 8, "WEIGHT_UNIT": 8}
+_LAST: dict[str, Any] = {"LAST": True, "TILE": "_CHANNELS_TILE"}
+_NARROW: dict[str, Any] = {"UNIT": 1, "TILE": "_NARROW_TILE"}
+_POOL_TYPES = {
+    **dict.fromkeys(("x", "logits", "hidden", "weight", "bias", "grad_x", "grad_logits"), "*fp32"),
+    **dict.fromkeys(("mean", "var", "highest", "total", "grad_mean", "grad_var"), "*fp32"),
+    "lengths": "*i64",
+}
+
 # By op: types of its kernels' arguments (integers where not named), those that are multiples of 16 at every launch, by
-# kernel the name of its tile, and the settings to compile each kernel with.
+# kernel the name of its tile, and the settings to compile each kernel with: constants, types that differ, another TILE.
 _OPS: dict[str, dict[str, Any]] = {
+    "attentive_stats_pool": {
+        "types": _POOL_TYPES,
+        "aligned": [],
+        "kernels": {"_moments_kernel": "_FRAMES_TILE", "_gradient_kernel": "_FRAMES_TILE"},
+        "settings": [
+            _POOL | form
+            for form in (
+                {},
+                _LAST,
+                _NARROW,
+                _HALF,
+                _HALF | _LAST,
+                _HALF | _NARROW,
+                {"LOGITS": 1},
+                _HALF | _LAST | {"LOGITS": 1},
+                {"LOGITS": 0},
+            )
+        ],
+    },
+    "attentive_stats_pool_from_hidden": {
+        "types": _POOL_TYPES,
+        "aligned": [],
+        "kernels": {"_moments_kernel": "_TILE"},
+        "settings": [
+            _POOL | form
+            for form in ({}, {"LAST": True}, {"UNIT": 1}, _HALF, _HALF | {"LAST": True}, _HALF | {"UNIT": 1})
+        ],
+    },
     "log_mel_fbank": {
         "types": {
             **dict.fromkeys(("waveforms", "signal", "window", "cosine", "sine", "mel", "power", "cosines"), "*fp32"),
@@ -55,7 +95,7 @@ _OPS: dict[str, dict[str, Any]] = {
             "_normalize_kernel": "_NORMALIZE_TILE",
         },
         "settings": [_ALL, _USUAL, _FEW],
-    }
+    },
 }
 
 # Runs apart from pytest: kernels that were interpreted in a process cannot be compiled in it.
@@ -74,11 +114,14 @@ spec.loader.exec_module(module)
 out = {"kernels": sorted(name for name in vars(module) if name.endswith("_kernel")), "usage": []}
 for name, tile in op["kernels"].items():
     kernel = getattr(module, name)
-    settings = [{k: v for k, v in chosen.items() if k in kernel.arg_names} for chosen in op["settings"]]
+    known = ("TILE", *kernel.arg_names)
+    settings = [{k: v for k, v in chosen.items() if k in known} for chosen in op["settings"]]
     aligned = {(kernel.arg_names.index(k),): [["tt.divisibility", 16]] for k in op["aligned"] if k in kernel.arg_names}
     for number, target in [(n, t) for n, chosen in enumerate(settings) if chosen not in settings[:n] for t in targets]:
-        constants = settings[number] | getattr(module, tile)
-        signature = {k: "constexpr" if k in constants else op["types"].get(k, "i32") for k in kernel.arg_names}
+        chosen = {"TILE": tile} | settings[number]
+        constants = {k: v for k, v in chosen.items() if not isinstance(v, str)} | getattr(module, chosen["TILE"])
+        types = op["types"] | chosen
+        signature = {k: "constexpr" if k in constants else types.get(k, "i32") for k in kernel.arg_names}
         values = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=module._OPTIONS)

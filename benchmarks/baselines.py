@@ -250,6 +250,49 @@ class BatchedTorchFbank:
             features.div_((variance + s.var_eps).sqrt_() + s.std_eps)
 
 
+def attentive_stats(
+    x: Tensor, logits: Tensor, lengths: Tensor | None = None, *, one_pass: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation under softmax weights, in the operators that toolkits write them in.
+
+    Args:
+        x: Shape (B, C, T).
+        logits: Shape (B, C, T).
+        lengths: Real frames, int64 (B,): the others get the logit minus infinity, as SpeechBrain has it.
+        one_pass: Variance as ``E[x^2] - E[x]^2``, as wespeaker and ESPnet have it; else about the mean, as SpeechBrain.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, logits = x.to(wide), logits.to(wide)
+    if lengths is not None:
+        padding = torch.arange(x.shape[2]) >= lengths[:, None, None]
+        logits = logits.masked_fill(padding, -torch.inf)
+    weights = logits.softmax(dim=2)
+    mean = (weights * x).sum(dim=2)
+    deviation = x if one_pass else x - mean[:, :, None]
+    var = (weights * deviation**2).sum(dim=2)
+    if one_pass:
+        var = var - mean**2
+    return mean, var.clamp_min(1e-7).sqrt()
+
+
+def attentive_pooling(x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """The whole of wespeaker's attentive pooling with global context: (B, C, T) to (B, 2C).
+
+    The mean and standard deviation that the attention sees beside each frame are repeated for all of them.
+
+    Args:
+        x: Shape (B, C, T).
+        first: Weight (H, 3C, 1) and bias (H,) of the first convolution.
+        second: Weight (C, H, 1) and bias (C,) of the second one.
+    """
+    mean = x.mean(dim=2, keepdim=True)
+    std = (x.var(dim=2, keepdim=True) + 1e-7).sqrt()
+    context = torch.cat([x, mean.expand_as(x), std.expand_as(x)], dim=1)
+    hidden = torch.nn.functional.conv1d(context, *first).tanh()
+    logits = torch.nn.functional.conv1d(hidden, *second)
+    return torch.cat(attentive_stats(x, logits, one_pass=True), dim=1)
+
+
 class _Band(NamedTuple):
     filters: slice
     bins: slice

@@ -235,6 +235,8 @@ def _summary(kernel: Kernel, entry: dict[str, Any] | None) -> str:
         line = f"  {load['name']}: error {load['max_abs_error']:.2e} (float32 definition {load['own_error']:.2e})"
         if "median_ms" in load:
             line += f", {load['median_ms']:.3f} ms, {load['gb_s']:.1f} GB/s, {load['tflop_s']:.3f} TFLOP/s"
+        for name, peer_ms in load.get("peers_ms", {}).items():
+            line += f", {peer_ms / load['median_ms']:.2f}x {name}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -315,6 +317,8 @@ def _benchmark(part: str, device_name: str) -> dict[str, Any]:
         load |= {"gb_s": gb_s, "tflop_s": tflop_s}
         if cuda:
             load |= _graph_time(functools.partial(case.run, backend))
+        if case.peers:
+            load["peers_ms"] = {name: statistics.median(_times(peer, device_name)) for name, peer in case.peers.items()}
     return {"workloads": workloads}
 
 

@@ -22,6 +22,18 @@ exceeds the A/A spread, the difference between two series of the same contender.
 against the float64 definition and in the unit of the features.
 """
 
+_LABELS = {"frontend": "front-end", "case": "case"}  # what tells the rows of a record apart, and its heading
+
+# Heading and format of what a contender's row may hold beside its time.
+_COLUMNS = {
+    "us_per_frame": ("us a frame", ".2f"),
+    "x_real_time": ("x real time", ".0f"),
+    "gb_per_s": ("GB/s", ".1f"),
+    "gflop_per_s": ("GFLOP/s", ".0f"),
+    "peak_mib": ("peak MiB", ".1f"),
+    "max_error": ("largest error", ".1e"),
+}
+
 
 def main() -> None:
     """Writes the page, or with ``--check`` fails where it is out of date."""
@@ -73,29 +85,34 @@ def _speed(record: dict[str, Any]) -> str:
         "ranges; figures are ratios of medians.",
         "",
     ]
+    if "remark" in record:
+        lines += [record["remark"], ""]
     if noisy:
         lines += [f"**The machine was busy** in {len(noisy)} of {len(record['results'])} rows, marked noisy.", ""]
-    lines += ["| front-end | workload | A/A spread | figure | measured | goal | |", "|---|---|---|---|---|---|---|"]
+    label = "frontend" if "frontend" in record["results"][0] else "case"
+    heading = _LABELS[label]
+    lines += [f"| {heading} | workload | A/A spread | figure | measured | goal | |", "|---|---|---|---|---|---|---|"]
     for result in record["results"]:
         spread = f"{100 * result['aa_spread']:.1f} %" + (" noisy" if result["aa_spread"] > NOISY else "")
         for fields in result["figures"]:
             figure = Figure(**fields)
             lines.append(
-                f"| {result['frontend']} | {result['workload']} | {spread} | {figure.name} | {figure.value:.2f} | "
+                f"| {result[label]} | {result['workload']} | {spread} | {figure.name} | {figure.value:.2f} | "
                 f"{figure.goal} | {figure.verdict} |"
             )
+    rows = [row for result in record["results"] for row in result["contenders"].values()]
+    columns = [column for column in _COLUMNS if any(column in row for row in rows)]
+    names = [_COLUMNS[column][0] for column in columns]
     lines += [
         "",
-        "| front-end | workload | contender | ms | us a frame | x real time | largest error |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join([heading, 'workload', 'contender', 'ms', *names])} |",
+        "|---" * (4 + len(columns)) + "|",
     ]
     for result in record["results"]:
         for name, row in result["contenders"].items():
-            lines.append(
-                f"| {result['frontend']} | {result['workload']} | {name} | {row['median_ms']:.3f} ({row['min_ms']:.3f} "
-                f"to {row['max_ms']:.3f}) | {row['us_per_frame']:.2f} | {row['x_real_time']:.0f} | "
-                f"{row['max_error']:.1e} |"
-            )
+            time = f"{row['median_ms']:.3f} ({row['min_ms']:.3f} to {row['max_ms']:.3f})"
+            cells = [format(row[column], _COLUMNS[column][1]) if column in row else "" for column in columns]
+            lines.append(f"| {' | '.join([result[label], result['workload'], name, time, *cells])} |")
     return "\n".join([*lines, ""])
 
 

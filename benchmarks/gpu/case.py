@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class Case:
         definition: The same output from the definition, computed in the given dtype.
         bytes_moved: Least traffic: every input read once, every output written once.
         flops: Operations of a good algorithm, the same figure for every backend.
+        peers: Other ways to the same output by name, timed beside it in the same process.
     """
 
     name: str
@@ -28,3 +29,4 @@ class Case:
     definition: Callable[[torch.dtype], Tensor]
     bytes_moved: int
     flops: float
+    peers: Mapping[str, Callable[[], Tensor]] = dataclasses.field(default_factory=dict)

@@ -56,3 +56,32 @@ def test_kaldi_native_fbank_stream_reads_each_frame_once(waveforms):
     # Two calls are one signal of twice the length.
     twice = torch.cat([waveforms[:1], waveforms[:1]], dim=1)
     _assert_same(np.concatenate([*run(), *run()])[None], twice, spec)
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["about the mean", "one pass"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+def test_attentive_stats_are_those_of_the_definition(ragged, one_pass):
+    frames = shapes.Frames(3, 4, 11)
+    x, logits = (value.double() for value in frames.inputs())
+    lengths = frames.ragged() if ragged else None
+    exact = functional.attentive_stats_pool(x, logits, lengths, backend="reference")
+    torch.testing.assert_close(baselines.attentive_stats(x, logits, lengths, one_pass=one_pass), tuple(exact))
+
+
+def test_attentive_pooling_attends_to_mean_and_deviation_of_all_frames():
+    x, _ = (value.double() for value in shapes.Frames(2, 3, 7).inputs())
+    generator = torch.Generator().manual_seed(1)
+    first = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 9, 1), (5,))]
+    second = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 5, 1), (3,))]
+    got = baselines.attentive_pooling(x, tuple(first), tuple(second))
+    assert got.shape == (2, 6)
+    for row, (values, pooled) in enumerate(zip(x, got, strict=True)):
+        mean, std = values.mean(dim=1), (values.var(dim=1, correction=1) + 1e-7).sqrt()
+        logits = []
+        for frame in values.T:
+            hidden = torch.tanh(first[0][:, :, 0] @ torch.cat([frame, mean, std]) + first[1])
+            logits.append(second[0][:, :, 0] @ hidden + second[1])
+        weights = torch.stack(logits, dim=1).softmax(dim=1)
+        want = (weights * values).sum(dim=1)
+        spread = (weights * (values - want[:, None]) ** 2).sum(dim=1).sqrt()
+        torch.testing.assert_close(pooled, torch.cat([want, spread]), msg=lambda text, row=row: f"row {row}: {text}")

@@ -27,6 +27,26 @@ RECORD = {
     ],
 }
 
+TENSORS = {
+    "op": "attentive_stats_pool",
+    "machine": {"cpu": "some CPU", "cores": 2, "torch": "2.11.0"},
+    "threads": 2,
+    "remark": "An error is a share.",
+    "results": [
+        {
+            "case": "forward",
+            "workload": "32 x 8 x 9",
+            "aa_spread": 0.02,
+            "contenders": {
+                "native": {"median_ms": 2.0, "min_ms": 1.0, "max_ms": 3.0, "gb_per_s": 20.25, "max_error": 1e-7},
+                "eager": {"median_ms": 8.0, "min_ms": 7.0, "max_ms": 9.0, "peak_mib": 112.25, "max_error": 2e-7},
+                "a part": {"median_ms": 1.0, "min_ms": 0.5, "max_ms": 1.5},
+            },
+            "figures": [{"name": "eager / native", "value": 4.0, "at_least": 2, "at_most": None}],
+        }
+    ],
+}
+
 
 def test_benchmarks_page_is_current():
     assert report.PAGE.read_text() == report.page(report.RESULTS)
@@ -42,3 +62,19 @@ def test_page_says_what_was_measured_and_which_goals_are_missed(tmp_path):
     assert "| wespeaker | 64 x 10 s | 2.0 % | other / native | 2.50 |  |  |" in lines
     assert "| wespeaker | 64 x 10 s | native | 20.000 (19.000 to 22.000) | 0.31 | 32000 | 1.0e-03 |" in lines
     assert any("busy** in 1 of 2" in line for line in lines)
+
+
+def test_columns_are_those_that_the_record_has(tmp_path):
+    folder = tmp_path / "some-machine"
+    folder.mkdir()
+    (folder / "attentive_stats_pool.json").write_text(json.dumps(TENSORS))
+    lines = report.page(tmp_path).splitlines()
+    assert "An error is a share." in lines
+    assert "| forward | 32 x 8 x 9 | 2.0 % | eager / native | 4.00 | at least 2 | met |" in lines
+    table = lines.index("| case | workload | contender | ms | GB/s | peak MiB | largest error |")
+    assert lines[table + 1 : table + 5] == [
+        "|---|---|---|---|---|---|---|",
+        "| forward | 32 x 8 x 9 | native | 2.000 (1.000 to 3.000) | 20.2 |  | 1.0e-07 |",
+        "| forward | 32 x 8 x 9 | eager | 8.000 (7.000 to 9.000) |  | 112.2 | 2.0e-07 |",
+        "| forward | 32 x 8 x 9 | a part | 1.000 (0.500 to 1.500) |  |  |  |",
+    ]

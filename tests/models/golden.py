@@ -19,6 +19,8 @@ def golden_weight(key: str, shape: list[int], rule: str) -> np.ndarray:
     return {
         "mean": lambda: np.float32(0.1) * value,
         "bias": lambda: np.float32(0.1) * value,
+        "unit": lambda: value,
+        "column": lambda: value * np.float32(1 / math.sqrt(shape[0])),
         "gain": lambda: np.float32(1) + np.float32(0.1) * value,
         "fan_in": lambda: value * np.float32(1 / math.sqrt(np.prod(shape[1:]))),
     }[rule]()

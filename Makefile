@@ -96,8 +96,9 @@ sanitize: build  ## random cases under AddressSanitizer: OPS="..." CASES=100000 
 demo: build  ## train, embed, evaluate, report; DATA=FOLDER for speech of your own
 	$(BIN)/spkfast demo $(if $(DATA),--data "$(DATA)") --out demo
 
-bench: build  ## speed of every op beside its peers
-	@set -e; for file in benchmarks/ops/bench_*.py; do $(BIN)/python -m benchmarks.ops.$$(basename $$file .py) $(ARGS); done
+bench: build  ## speed of every op and model beside its peers
+	@set -e; for file in benchmarks/ops/bench_*.py benchmarks/models/bench_*.py; do \
+	  $(BIN)/python -m "$$(echo "$${file%.py}" | tr / .)" $(ARGS); done
 
 # Runs where only the system's Python with torch, triton, pytest, numpy and a CUDA compiler exist, without the network.
 gpu-check:  ## verify and time kernels on an NVIDIA GPU: OPS="..." RESULTS=FOLDER

@@ -1,9 +1,18 @@
 """Modules: parameters and state-dict names; the arithmetic lies in the ops."""
 
+from spkfast.nn import poolings, projectors
 from spkfast.nn.fbank import Fbank
 from spkfast.nn.margin_softmax import MarginSoftmaxLoss
 from spkfast.nn.pooling import AttentiveStatsPool
 from spkfast.nn.se_res2net import SERes2NetBlock
 from spkfast.nn.spec_augment import SpecAugment
 
-__all__ = ["AttentiveStatsPool", "Fbank", "MarginSoftmaxLoss", "SERes2NetBlock", "SpecAugment"]
+__all__ = [
+    "AttentiveStatsPool",
+    "Fbank",
+    "MarginSoftmaxLoss",
+    "SERes2NetBlock",
+    "SpecAugment",
+    "poolings",
+    "projectors",
+]

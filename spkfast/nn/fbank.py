@@ -41,6 +41,7 @@ class Fbank(nn.Module):
         require_spec(spec)
         if not (spec_augment is None or isinstance(spec_augment, SpecAugment)):
             raise InputError(f"spec_augment must be a SpecAugment or None, got {spec_augment!r}")
+        self.output_size = spec.output_size
         self.spec, self.spec_augment, self.dtype = spec, spec_augment, dtype
         self.backend, self.validate = backend, validate
         self._settings = frontend_tables.settings(spec)

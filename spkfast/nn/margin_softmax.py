@@ -46,6 +46,7 @@ class MarginSoftmaxLoss(nn.Module):
         if fallback not in ("linear", "continuous"):
             raise InputError(f"fallback must be 'linear' or 'continuous', got {fallback!r}")
         self.margin, self.scale, self.easy_margin, self.fallback = margin, scale, easy_margin, fallback
+        self.output_size = num_speakers
         self.weight = nn.Parameter(torch.empty(num_speakers, embedding_dim))
         nn.init.xavier_uniform_(self.weight)
 

@@ -2,107 +2,246 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spkfast.errors import InputError
+from spkfast.functional import weighted_moments
+
+PaddingMode = Literal["zeros", "reflect"]
+Identity = Literal["first", "last"]
+
+
+class Frames(NamedTuple):
+    """Which frames of a padded batch are real.
+
+    Attributes:
+        lengths: Real frames per row, int64, shape (B,).
+        mask: 1 on real frames, 0 on padding, shape (B, 1, T).
+    """
+
+    lengths: Tensor
+    mask: Tensor
+
+
+def real_frames(lengths: Tensor | None, frames: int, dtype: torch.dtype) -> Frames | None:
+    """The real frames of rows of ``frames`` each; None where all are."""
+    if lengths is None:
+        return None
+    lengths = lengths.clamp(0, frames)  # what a GPU was not asked to check must not lead out of the tensors
+    mask = torch.arange(frames, device=lengths.device) < lengths[:, None]
+    return Frames(lengths, mask[:, None].to(dtype))
+
 
 class TdnnLayer(nn.Module):
-    """1-d convolution, ReLU, batch norm, with zero padding that keeps the number of frames.
+    """1-d convolution, ReLU, batch norm; the number of frames stays.
+
+    Every row of a padded batch is padded at its own end, as if it were alone.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel_size: Taps of the convolution; odd.
         dilation: Spacing of the taps in frames.
+        groups: Channel groups of the convolution.
+        padding_mode: What the convolution reads beyond the ends: ``zeros``, or ``reflect``, the frames mirrored at the
+            first and the last one.
+        batch_norm: Whether there is one.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        padding_mode: PaddingMode = "zeros",
+        batch_norm: bool = True,
+    ) -> None:
         super().__init__()
-        padding = (kernel_size - 1) // 2 * dilation
-        self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation)
-        self.bn = nn.BatchNorm1d(out_channels)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise InputError(f"kernel_size must be odd, got {kernel_size}")
+        if padding_mode not in ("zeros", "reflect"):
+            raise InputError(f"padding_mode must be 'zeros' or 'reflect', got {padding_mode!r}")
+        if in_channels % groups or out_channels % groups:
+            raise InputError(f"groups must divide {in_channels} and {out_channels} channels, got {groups}")
+        self.padding = (kernel_size - 1) // 2 * dilation
+        self.reflect = padding_mode == "reflect" and self.padding > 0
+        self.conv = nn.Conv1d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            padding=0 if self.reflect else self.padding,
+            dilation=dilation,
+            groups=groups,
+        )
+        self.bn = nn.BatchNorm1d(out_channels) if batch_norm else None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, C_in, T) to (B, C_out, T); ``mask`` (B, 1, T) is 1 on real frames, so that padding reads as zeros."""
-        if mask is not None and self.conv.kernel_size[0] > 1:
-            x = x * mask
-        return self.bn(F.relu(self.conv(x)))
+    def forward(self, x: Tensor, frames: Frames | None = None) -> Tensor:
+        """(B, C_in, T) to (B, C_out, T)."""
+        if self.reflect:
+            x = pad_by_reflection(x, self.padding, None if frames is None else frames.lengths)
+        elif frames is not None and self.padding:
+            x = x * frames.mask
+        x = F.relu(self.conv(x))
+        return x if self.bn is None else self.bn(x)
 
 
 class Res2Conv(nn.ModuleList):
-    """Res2 convolution: channel groups convolved in a chain, each added to the next; the last group passes through.
+    """Res2 convolution: channel groups convolved in a chain, each added to the next; one group passes through.
+
+    Args:
+        channels: Channels C; a multiple of ``scale``.
+        kernel_size: Taps of the convolutions.
+        dilation: Their dilation in frames.
+        scale: Channel groups.
+        identity: Which group passes: the ``last`` one, or the ``first``.
+        padding_mode: See :class:`TdnnLayer`.
 
     Reference: Gao et al., "Res2Net: A New Multi-scale Backbone Architecture", TPAMI 2021.
     """
 
-    def __init__(self, channels: int, kernel_size: int, dilation: int, scale: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        dilation: int,
+        scale: int,
+        identity: Identity = "last",
+        padding_mode: PaddingMode = "zeros",
+    ) -> None:
+        if channels % scale:
+            raise InputError(f"channels must be a multiple of scale={scale}, got {channels}")
+        if identity not in ("first", "last"):
+            raise InputError(f"identity must be 'first' or 'last', got {identity!r}")
         width = channels // scale
-        super().__init__(TdnnLayer(width, width, kernel_size, dilation) for _ in range(scale - 1))
+        super().__init__(
+            TdnnLayer(width, width, kernel_size, dilation, padding_mode=padding_mode) for _ in range(scale - 1)
+        )
         self.width = width
+        self.first_passes = identity == "first"
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames | None = None) -> Tensor:
         """(B, C, T) to (B, C, T)."""
         groups = x.split(self.width, dim=1)
+        convolved = groups[1:] if self.first_passes else groups[:-1]
         outputs: list[Tensor] = []
-        for layer, group in zip(self, groups[:-1], strict=True):
-            outputs.append(layer(group + outputs[-1] if outputs else group, mask))
-        return torch.cat([*outputs, groups[-1]], dim=1)
+        for layer, group in zip(self, convolved, strict=True):
+            outputs.append(layer(group + outputs[-1] if outputs else group, frames))
+        return torch.cat([groups[0], *outputs] if self.first_passes else [*outputs, groups[-1]], dim=1)
 
 
 class SqueezeExcitation(nn.Module):
     """Channel gates from the mean over the frames of the utterance.
 
+    Args:
+        channels: Channels C.
+        bottleneck: Units of the hidden layer.
+        batch_norm: Batch norm after the hidden layer's ReLU.
+
     Reference: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018.
     """
 
-    def __init__(self, channels: int, bottleneck: int) -> None:
+    def __init__(self, channels: int, bottleneck: int, batch_norm: bool = False) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, bottleneck)
+        self.bn = nn.BatchNorm1d(bottleneck) if batch_norm else None
         self.fc2 = nn.Linear(bottleneck, channels)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames | None = None) -> Tensor:
         """(B, C, T) to (B, C, T)."""
-        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(masked_mean(x, mask)))))
-        return x * gate[..., None]
+        hidden = F.relu(self.fc1(masked_mean(x, frames)))
+        if self.bn is not None:
+            hidden = self.bn(hidden)
+        return x * torch.sigmoid(self.fc2(hidden))[..., None]
 
 
 class SERes2NetBlock(nn.Module):
     """SE-Res2Net block of ECAPA-TDNN: 1x1 layer, Res2 convolution, 1x1 layer, squeeze-and-excitation, residual sum.
 
     Args:
-        channels: Channels C of input and output.
+        channels: Channels C of the output.
         kernel_size: Taps of the Res2 convolutions.
         dilation: Their dilation in frames.
         scale: Channel groups of the Res2 convolution.
         se_channels: Bottleneck of the squeeze-and-excitation.
+        in_channels: Channels of the input; where they are not C, a 1x1 convolution takes the input to the sum.
+        groups: Channel groups of the two 1x1 layers.
+        identity: Which group the Res2 convolution passes: the ``last`` one, or the ``first`` (speechbrain).
+        padding_mode: See :class:`TdnnLayer`; speechbrain's is ``reflect``.
+        se_bn: Batch norm inside the squeeze-and-excitation (ESPnet).
 
-    Reference: Desplanques et al., "ECAPA-TDNN", Interspeech 2020.
+    Reference: Desplanques et al., "ECAPA-TDNN: Emphasized Channel Attention, Propagation and Aggregation in TDNN Based
+    Speaker Verification", Interspeech 2020.
     """
 
-    def __init__(self, channels: int, kernel_size: int, dilation: int, scale: int, se_channels: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 3,
+        dilation: int = 1,
+        scale: int = 8,
+        se_channels: int = 128,
+        *,
+        in_channels: int | None = None,
+        groups: int = 1,
+        identity: Identity = "last",
+        padding_mode: PaddingMode = "zeros",
+        se_bn: bool = False,
+    ) -> None:
         super().__init__()
-        # The canonical parameter names "in" and "out" are reserved words or builtins, so they go in by name.
-        self.add_module("in", TdnnLayer(channels, channels))
-        self.res = Res2Conv(channels, kernel_size, dilation, scale)
-        self.out = TdnnLayer(channels, channels)
-        self.se = SqueezeExcitation(channels, se_channels)
+        in_channels = channels if in_channels is None else in_channels
+        self.in_ = TdnnLayer(in_channels, channels, groups=groups)
+        self.res = Res2Conv(channels, kernel_size, dilation, scale, identity, padding_mode)
+        self.out = TdnnLayer(channels, channels, groups=groups)
+        self.se = SqueezeExcitation(channels, se_channels, se_bn)
+        self.shortcut = None if in_channels == channels else nn.Conv1d(in_channels, channels, 1)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, C, T) to (B, C, T)."""
-        y = self.get_submodule("in")(x)
-        return x + self.se(self.out(self.res(y, mask)), mask)
+    def forward(self, x: Tensor, frames: Frames | None = None, *, padding: Frames | None = None) -> Tensor:
+        """(B, C_in, T) to (B, C, T).
+
+        Args:
+            x: The input.
+            frames: Real frames, over which the squeeze-and-excitation takes its mean.
+            padding: Real frames at whose ends the convolutions pad; None for the ends of the batch.
+        """
+        y = self.out(self.res(self.in_(x), padding))
+        return self.se(y, frames) + (x if self.shortcut is None else self.shortcut(x))
 
 
-def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the real frames of (B, C, T), shape (B, C)."""
-    if mask is None:
+def masked_mean(x: Tensor, frames: Frames | None) -> Tensor:
+    """Mean over the real frames of (B, C, T), shape (B, C), summed in float32; 0 for a row without any."""
+    if frames is None:
         return x.mean(dim=-1)
-    return (x * mask).sum(dim=-1) / mask.sum(dim=-1)
+    return weighted_moments(x, None, frames.lengths).mean.to(x.dtype)
 
 
-def frame_mask(lengths: Tensor | None, frames: int, dtype: torch.dtype) -> Tensor | None:
-    """Mask (B, 1, T), 1 on the first ``lengths[b]`` frames; None where all frames are real."""
+def pad_by_reflection(x: Tensor, amount: int, lengths: Tensor | None = None) -> Tensor:
+    """Adds ``amount`` frames before and after, mirrored at the first and last real frame of each row.
+
+    A row too short to be mirrored once is mirrored again, so that every length has a meaning; what follows the added
+    frames of a row is unspecified.
+
+    Args:
+        x: Shape (B, C, T).
+        amount: Frames to add on either side.
+        lengths: Real frames per row, int64, shape (B,); None where all T are.
+
+    Returns:
+        Shape (B, C, T + 2 * amount).
+    """
+    batch, channels, frames = x.shape
     if lengths is None:
-        return None
-    return (torch.arange(frames, device=lengths.device) < lengths[:, None])[:, None].to(dtype)
+        lengths = torch.full((batch,), frames, device=x.device)
+    step = torch.arange(amount, device=x.device)
+    added = torch.cat([(step - amount).expand(batch, -1), lengths[:, None] + step], dim=1)  # [B, 2 * amount]
+    period = (2 * lengths[:, None] - 2).clamp_min(1)
+    source = added.remainder(period)
+    source = torch.minimum(source, period - source)
+    # Only the added frames are moved one by one: their number does not grow with the utterance.
+    mirrored = x.gather(2, source[:, None].expand(-1, channels, -1))
+    return F.pad(x, (amount, amount)).scatter_(2, (added + amount)[:, None].expand(-1, channels, -1), mirrored)

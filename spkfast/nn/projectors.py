@@ -1,0 +1,120 @@
+"""Projectors: from the pooled vector to the embedding, by name."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spkfast.errors import InputError, nearest
+
+__all__ = ["IdentityProjector", "LinearProjector", "XvectorProjector", "create", "list"]
+
+
+class LinearProjector(nn.Module):
+    """Batch norm, a linear layer, and batch norm again where asked for.
+
+    Args:
+        input_size: Size of the pooled vector.
+        embedding_dim: Size E of the embedding.
+        output_bn: Batch norm on the embedding.
+    """
+
+    def __init__(self, input_size: int, embedding_dim: int, *, output_bn: bool = False) -> None:
+        super().__init__()
+        self.output_size = embedding_dim
+        self.bn = nn.BatchNorm1d(input_size)
+        self.fc = nn.Linear(input_size, embedding_dim)
+        self.bn2 = nn.BatchNorm1d(embedding_dim) if output_bn else None
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, input_size) to (B, E)."""
+        embedding = self.fc(self.bn(pooled))
+        return embedding if self.bn2 is None else self.bn2(embedding)
+
+
+class XvectorProjector(nn.Module):
+    """Two linear layers with a ReLU between; the embedding is the output of the second.
+
+    Args:
+        input_size: Size of the pooled vector.
+        embedding_dim: Size E of the embedding.
+
+    Reference: Snyder et al., "X-vectors: Robust DNN Embeddings for Speaker Recognition", ICASSP 2018.
+    """
+
+    def __init__(self, input_size: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.output_size = embedding_dim
+        self.fc1 = nn.Linear(input_size, embedding_dim)
+        self.fc2 = nn.Linear(embedding_dim, embedding_dim)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, input_size) to (B, E)."""
+        return self.fc2(F.relu(self.fc1(pooled)))
+
+
+class IdentityProjector(nn.Module):
+    """The pooled vector is the embedding.
+
+    Args:
+        input_size: Size of the pooled vector.
+        embedding_dim: The same, or None.
+    """
+
+    def __init__(self, input_size: int, embedding_dim: int | None = None) -> None:
+        super().__init__()
+        if embedding_dim not in (None, input_size):
+            raise InputError(f"embedding_dim must be that of the pooled vector, {input_size}, got {embedding_dim}")
+        self.output_size = input_size
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, input_size), unchanged."""
+        return pooled
+
+
+def _ska_tdnn(input_size: int, embedding_dim: int) -> LinearProjector:
+    return LinearProjector(input_size, embedding_dim, output_bn=True)
+
+
+def _rawnet3(input_size: int, embedding_dim: int) -> LinearProjector:
+    return LinearProjector(input_size, embedding_dim)
+
+
+# The names are ESPnet's.
+_PROJECTORS: dict[str, Callable[..., nn.Module]] = {
+    "identity": IdentityProjector,
+    "rawnet3": _rawnet3,
+    "ska_tdnn": _ska_tdnn,
+    "xvector": XvectorProjector,
+}
+
+
+def list() -> builtins.list[str]:
+    """Names that :func:`create` knows."""
+    return sorted(_PROJECTORS)
+
+
+def create(name: str, input_size: int, **options: Any) -> nn.Module:
+    """A projector with fresh weights; it announces the size of the embedding as ``output_size``.
+
+    Args:
+        name: ``rawnet3`` (batch norm, linear), ``ska_tdnn`` (the same and batch norm), ``xvector`` (linear, ReLU,
+            linear) or ``identity``.
+        input_size: Size of the pooled vector.
+        **options: ``embedding_dim``, the size E of the embedding.
+
+    Raises:
+        InputError: If the name or an option is unknown.
+    """
+    if name not in _PROJECTORS:
+        raise InputError(f"unknown projector {name!r}{nearest(name, list())}; known: {', '.join(list())}")
+    known = [key for key in inspect.signature(_PROJECTORS[name]).parameters if key not in ("self", "input_size")]
+    for key in options:
+        if key not in known:
+            raise InputError(f"unknown option {key!r} of projector {name}{nearest(key, known)}")
+    return _PROJECTORS[name](input_size, **options)

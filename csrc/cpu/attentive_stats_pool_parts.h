@@ -48,6 +48,23 @@ inline void stream(T* to, const T* from, int64_t count) {
   __builtin_memcpy(to + i, from + i, (count - i) * sizeof(T));
 }
 
+// Whether gradients at both can be written past the caches vector by vector: those of floats, that
+// begin at like places of a vector.
+template <typename T>
+[[gnu::always_inline]] inline bool streams(const T* a, const T* b) {
+  return sizeof(T) == sizeof(float) && kStreams &&
+         reinterpret_cast<uintptr_t>(a) % sizeof(V) == reinterpret_cast<uintptr_t>(b) % sizeof(V);
+}
+// Values from p to where a vector of the memory begins.
+template <typename T>
+[[gnu::always_inline]] inline int64_t until_vector(const T* p) {
+  return -reinterpret_cast<uintptr_t>(p) % sizeof(V) / sizeof(T);
+}
+template <typename T>
+[[gnu::always_inline]] inline void stream_vector(T* to, V v) {
+  if constexpr (sizeof(T) == sizeof(float)) stream(to, v);
+}
+
 // Memory for as many values, to be copied to `to`.
 template <typename T, int64_t kCount>
 struct Staged {

@@ -96,6 +96,9 @@ struct Slopes {
   }
 };
 
+// Between the channel whose gradient is computed and the one that is fetched.
+constexpr int64_t kChannelsAhead = 2;
+
 template <typename T, bool kShared>
 void backward_frames(const AttentiveStatsPoolBatch& batch, int64_t row, int64_t first,
                      int64_t count) {
@@ -104,7 +107,6 @@ void backward_frames(const AttentiveStatsPoolBatch& batch, int64_t row, int64_t 
   float* sums =
       batch.sums ? batch.sums + (row * batch.groups() + first / kPoolChannels) * padded : nullptr;
   if (sums) clear(sums, padded);
-  Staged<T, kFrames> staged_x, staged_logits;
   for (int64_t c = first; c < first + count; ++c) {
     const int64_t where = row * batch.channels + c;
     const Slopes slopes = {all(batch.mean[where]), all(batch.var[where]),
@@ -115,29 +117,39 @@ void backward_frames(const AttentiveStatsPoolBatch& batch, int64_t row, int64_t 
     const T* logits = kShared ? nullptr : at<T>(batch.logits, row, c, 0);
     T* grad_x = at<T>(batch.grad_x, row, c, 0);
     T* grad_logits = kShared ? nullptr : at<T>(batch.grad_logits, row, c, 0);
-    for (int64_t t = 0; t < length; t += kFrames) {
-      const int64_t frames = smaller(kFrames, length - t);
-      T* out_x = batch.stream ? staged_x.like(grad_x + t) : grad_x + t;
-      T* out_logits = nullptr;
+    // Frames from t on, as many as `width` has: into_x and into_logits take their gradients.
+    const auto gradient = [&](int64_t t, auto width, auto into_x,
+                              auto into_logits) __attribute__((always_inline)) {
+      // The gaps that padding leaves end what the hardware fetches by itself.
+      __builtin_prefetch(x + kChannelsAhead * batch.x.channel_stride + t);
       if constexpr (!kShared)
-        out_logits = batch.stream ? staged_logits.like(grad_logits + t) : grad_logits + t;
-      extent_of(frames).each([&](int64_t i, auto width) __attribute__((always_inline)) {
-        const V value = width.read(x + t + i * W, V{}), of_logit = slopes.of_logit(value);
-        V weight;
-        if constexpr (kShared) {
-          weight = load(shared + t + i * W);
-          if (sums) store(sums + t + i * W, load(sums + t + i * W) + of_logit);
-        } else {
-          const V logit = width.read(logits + t + i * W, all(-kInfinity));
-          weight = exponential(logit - highest) * scale;
-          width.write(out_logits + i * W, weight * of_logit);
-        }
-        width.write(out_x + i * W, slopes.of_x(weight, value));
-      });
-      if (!batch.stream) continue;
-      stream(grad_x + t, out_x, frames);
-      if constexpr (!kShared) stream(grad_logits + t, out_logits, frames);
+        __builtin_prefetch(logits + kChannelsAhead * batch.logits.channel_stride + t);
+      const V value = width.read(x + t, V{}), of_logit = slopes.of_logit(value);
+      V weight;
+      if constexpr (kShared) {
+        weight = width.read(shared + t, V{});
+        if (sums) width.write(sums + t, width.read(sums + t, V{}) + of_logit);
+      } else {
+        const V logit = width.read(logits + t, all(-kInfinity));
+        weight = exponential(logit - highest) * scale;
+        into_logits(grad_logits + t, weight * of_logit);
+      }
+      into_x(grad_x + t, slopes.of_x(weight, value));
+    };
+    const auto stored = [&](int64_t t, auto width) __attribute__((always_inline)) {
+      const auto into = [&](T* to, V v) __attribute__((always_inline)) { width.write(to, v); };
+      gradient(t, width, into, into);
+    };
+    int64_t t = 0;
+    if (batch.stream && streams<T>(grad_x, kShared ? grad_x : grad_logits)) {
+      // Vectors begin where those of the memory do, so that each is written as one.
+      const int64_t begun = smaller(until_vector(grad_x), length);
+      if (begun) stored(0, Part{begun});
+      const auto into = [](T* to, V v) __attribute__((always_inline)) { stream_vector(to, v); };
+      for (t = begun; t + W <= length; t += W) gradient(t, Whole{}, into, into);
     }
+    for (; t + W <= length; t += W) stored(t, Whole{});
+    if (t < length) stored(t, Part{length - t});
     clear(grad_x + length, batch.frames - length);
     if constexpr (!kShared) clear(grad_logits + length, batch.frames - length);
   }
@@ -190,9 +202,16 @@ void backward_channels(const AttentiveStatsPoolBatch& batch, int64_t row, int64_
     }
     if (batch.stream) stream(to_x, grad_x, count);
   }
+  alignas(64) const T zeros[2 * kPoolChannels] = {};
+  const auto clear_frame = [&](T* to) {
+    // As far into its line as where it goes.
+    if (batch.stream)
+      return stream(to, zeros + reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T), count);
+    clear(to, count);
+  };
   for (int64_t t = length; t < batch.frames; ++t) {
-    clear(at<T>(batch.grad_x, row, first, t), count);
-    if constexpr (!kShared) clear(at<T>(batch.grad_logits, row, first, t), count);
+    clear_frame(at<T>(batch.grad_x, row, first, t));
+    if constexpr (!kShared) clear_frame(at<T>(batch.grad_logits, row, first, t));
   }
 }
 

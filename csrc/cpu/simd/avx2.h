@@ -85,6 +85,9 @@ using I [[gnu::vector_size(W * 4)]] = int32_t;
   _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_load_si256(lines));
   _mm256_stream_si256(static_cast<__m256i*>(to) + 1, _mm256_load_si256(lines + 1));
 }
+// v past the caches to where a vector of the memory begins, where there is an instruction for it.
+constexpr bool kStreams = true;
+[[gnu::always_inline]] inline void stream(float* p, V v) { _mm256_stream_ps(p, v); }
 [[gnu::always_inline]] inline void end_stream() { _mm_sfence(); }
 
 }  // namespace

@@ -128,6 +128,9 @@ using I [[gnu::vector_size(W * 4)]] = int32_t;
 [[gnu::always_inline]] inline void stream_line(void* to, const void* from) {
   _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
 }
+// v past the caches to where a vector of the memory begins, where there is an instruction for it.
+constexpr bool kStreams = true;
+[[gnu::always_inline]] inline void stream(float* p, V v) { _mm512_stream_ps(p, v); }
 [[gnu::always_inline]] inline void end_stream() { _mm_sfence(); }
 
 }  // namespace

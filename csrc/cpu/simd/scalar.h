@@ -60,6 +60,9 @@ inline void transpose(V (&v)[W]) {
 [[gnu::always_inline]] inline void stream_line(void* to, const void* from) {
   __builtin_memcpy(to, from, 64);
 }
+// v past the caches to where a vector of the memory begins, where there is an instruction for it.
+constexpr bool kStreams = false;
+[[gnu::always_inline]] inline void stream(float* p, V v) { store(p, v); }
 [[gnu::always_inline]] inline void end_stream() {}
 
 }  // namespace

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +20,13 @@ from spkfast import functional, models
 from spkfast.backends import Backend
 from spkfast.data.audio import read_audio, resample
 from spkfast.errors import InputError
-from spkfast.frontends import FrontendSpec
+from spkfast.frontends import FrontendSpec, require_spec
+from spkfast.frontends import frontend as preset
+from spkfast.models.checkpoint_files import fitting_preset, import_checkpoint
+from spkfast.models.ecapa_tdnn import current_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, 2)
 _CONFIG, _WEIGHTS, _METADATA = "config.yaml", "model.safetensors", "spkfast"
 
 
@@ -48,7 +54,8 @@ class SpeakerEncoder:
 
     Args:
         net: Network from :func:`spkfast.models.create`; put into evaluation mode.
-        frontend: Settings of the features it was trained on.
+        frontend: Settings of the features it was trained on, or the name of a preset, which takes the number of its mel
+            bands from the network.
         threshold: Decision threshold of :meth:`verify`.
         device: ``cpu``, ``cuda``, ``cuda:1`` ..., to which the network is moved; ``auto`` takes CUDA where there is
             one, None leaves the network where it is.
@@ -57,13 +64,16 @@ class SpeakerEncoder:
     def __init__(
         self,
         net: nn.Module,
-        frontend: FrontendSpec,
+        frontend: FrontendSpec | str,
         *,
         threshold: Threshold | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        expected = getattr(net, "config", {}).get("feature_dim", frontend.output_size)
-        if expected != frontend.output_size:
+        expected = getattr(net, "config", {}).get("feature_dim")
+        if isinstance(frontend, str):
+            frontend = preset(frontend) if expected is None else fitting_preset(frontend, expected)
+        require_spec(frontend)
+        if expected not in (None, frontend.output_size):
             raise InputError(f"the model takes {expected} values per frame, the front-end gives {frontend.output_size}")
         self.device = _device(device, net)
         self.model = net.to(self.device).eval()
@@ -75,27 +85,54 @@ class SpeakerEncoder:
         cls,
         source: str | os.PathLike[str],
         *,
-        frontend: FrontendSpec | None = None,
+        frontend: FrontendSpec | str | None = None,
+        family: str | None = None,
         device: str = "auto",
         precision: str = "fp32",
     ) -> SpeakerEncoder:
-        """The model kept in a folder.
+        """The model kept in a folder, or in a checkpoint of another toolkit.
 
         Args:
-            source: Folder written by :meth:`save`, a file in it, or the output folder of a training run.
-            frontend: Front-end that the model is expected to have; any other is an error.
+            source: Folder written by :meth:`save`, a file in it, or the output folder of a training run; or an
+                ECAPA-TDNN of wespeaker, speechbrain, 3D-Speaker, TaoRuijie or ESPnet, a file or folder, as
+                :func:`spkfast.models.checkpoint_files.import_checkpoint` reads them.
+            frontend: Front-end that the model is expected to have; any other is an error. For another toolkit's, the
+                front-end to take in place of the one that its settings or its family tell. Either may be the name of a
+                preset, which takes the number of its mel bands from the model.
+            family: Toolkit of a checkpoint whose keys do not tell: ``speechbrain`` or ``3dspeaker``.
             device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` takes CUDA where there is one.
             precision: ``fp32``.
 
         Raises:
-            InputError: If a file is missing, damaged, of another format version, or disagrees with the rest.
+            InputError: If a file is missing, damaged, of another format version, or disagrees with the rest; if a
+                checkpoint would run code when loaded, or its family or front-end cannot be told.
+
+        Warns:
+            UserWarning: If neither the weights of another toolkit's checkpoint nor its settings tell everything, of
+                what was assumed.
         """
+        if frontend is not None and not isinstance(frontend, str):
+            require_spec(frontend)
         if precision != "fp32":
             raise InputError(f"precision must be 'fp32' (no other is supported yet), got {precision!r}")
+        if not is_own(Path(source)):
+            found = import_checkpoint(source, family=family, frontend=frontend)
+            if found.network.assumed:
+                assumed = ", ".join(f"{name} {found.network.config[name]}" for name in found.network.assumed)
+                warnings.warn(
+                    f"{found.file}: assumed {assumed}, as neither the weights nor settings beside them tell; "
+                    "'spkfast convert --option' takes others",
+                    stacklevel=2,
+                )
+            return cls(found.network.model, found.frontend, device=device)
+        if family is not None:
+            raise InputError(f"{source}: is a model of spkfast, family={family!r} was asked for")
         folder = _model_folder(Path(source))
         config = _read_config(folder / _CONFIG)
         tensors, metadata = _read_weights(folder / _WEIGHTS)
         spec = _spec(config["frontend"], folder / _CONFIG)
+        if isinstance(frontend, str):
+            frontend = fitting_preset(frontend, spec.output_size)
         for other, origin in ((_stored_frontend(metadata, folder / _WEIGHTS), _WEIGHTS), (frontend, "the caller")):
             if other is not None and other.hash != spec.hash:
                 raise InputError(
@@ -131,8 +168,10 @@ class SpeakerEncoder:
             raise InputError("only networks of spkfast.models can be saved: this one has no name and config")
         target = Path(path)
         if target.exists():
-            foreign = [p.name for p in target.iterdir()] if target.is_dir() else [target.name]
-            foreign = [name for name in foreign if name not in (_CONFIG, _WEIGHTS)]
+            if not target.is_dir():
+                raise InputError(f"{target}: is a file; name a folder")
+            foreign = [p.name for p in target.iterdir()]
+            foreign = [name for name in foreign if name not in (_CONFIG, _WEIGHTS)] or _not_own(target)
             if foreign:
                 raise InputError(
                     f"{target}: holds {sorted(foreign)[0]!r}, which saving would remove; name another folder"
@@ -168,10 +207,24 @@ class SpeakerEncoder:
             for folder in (fresh, old):
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def __repr__(self) -> str:
+        name = getattr(self.model, "name", type(self.model).__name__)
+        return f"SpeakerEncoder({name}, front-end {self.frontend.hash}, {self.device})"
+
     @property
     def fingerprint(self) -> str:
-        """Hex digest of network, front-end and weights: equal for encoders that give the same embeddings."""
-        digest = hashlib.sha256(json.dumps([self.model.name, self.model.config, self.frontend.hash]).encode())
+        """Hex digest of network, front-end and weights: equal for encoders that give the same embeddings.
+
+        Keywords of the network count where they differ from their defaults, so that one which is added later changes
+        no digest as long as its default keeps the network as it was and is not None.
+        """
+        config: Any = self.model.config
+        parameters = inspect.signature(type(self.model)).parameters
+        # As JSON, in which a list and a tuple are the same.
+        given = {name: json.dumps(value, sort_keys=True) for name, value in config.items()}
+        defaults = {name: json.dumps(parameters[name].default, default=str) for name in given if name in parameters}
+        counted = {name: text for name, text in given.items() if text != defaults.get(name)}
+        digest = hashlib.sha256(json.dumps([self.model.name, counted, self.frontend.hash], sort_keys=True).encode())
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -343,6 +396,9 @@ class SpeakerEncoder:
         features, frame_lengths = functional.log_mel_fbank(
             padded.to(self.device), lengths.to(self.device), spec=self.frontend, backend=backend
         )
+        # As the parameters, since a network in half or double precision takes no other type.
+        kinds = (parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+        features = features.to(next(kinds, features.dtype))
         # fp32 means fp32: cuDNN's convolutions would use TF32 by default.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.model(features, frame_lengths).float().cpu()
@@ -398,14 +454,49 @@ def _device(device: str | torch.device | None, net: nn.Module) -> torch.device:
     return found
 
 
-def _model_folder(source: Path) -> Path:
+def is_own(source: Path) -> bool:
+    """Whether a path leads to a model of spkfast, whole or not; other toolkits have files of the same names.
+
+    Raises:
+        InputError: If there is nothing at the path.
+    """
     if not source.exists():
-        raise InputError(f"{source}: no such model; name a folder written by 'spkfast train' or SpeakerEncoder.save")
+        raise InputError(
+            f"{source}: no such model; name a folder written by 'spkfast train' or SpeakerEncoder.save, or another "
+            "toolkit's checkpoint, that is there: nothing is downloaded"
+        )
+    if source.is_file() and source.name not in (_CONFIG, _WEIGHTS):
+        return False
+    folders = (source.parent,) if source.is_file() else (source, source / "model")
+    return any(_has_format_version(folder / _CONFIG) or _has_metadata(folder / _WEIGHTS) for folder in folders)
+
+
+def _not_own(folder: Path) -> list[str]:
+    """Which of the two files another toolkit wrote; with a config.yaml of spkfast, damaged weights count as its own."""
+    if (folder / _CONFIG).exists():
+        return [] if _has_format_version(folder / _CONFIG) else [_CONFIG]
+    return [_WEIGHTS] if (folder / _WEIGHTS).exists() and not _has_metadata(folder / _WEIGHTS) else []
+
+
+def _has_metadata(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _METADATA in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
+def _has_format_version(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return any(line.startswith("format_version") for line in file)
+
+
+def _model_folder(source: Path) -> Path:
     if source.is_file():
-        if source.name not in (_CONFIG, _WEIGHTS):
-            raise InputError(
-                f"{source}: not a model of spkfast ({_CONFIG} with {_WEIGHTS}); others are not supported yet"
-            )
         source = source.parent
     for folder in (source, source / "model"):
         found = [name for name in (_CONFIG, _WEIGHTS) if (folder / name).is_file()]
@@ -422,13 +513,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # what YAML's own types meet in a bad value is not always an error of YAML
         raise InputError(f"{path}: damaged: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict) or "format_version" not in config:
         raise InputError(f"{path}: not the config of a model: holds no format_version")
-    if config["format_version"] != FORMAT_VERSION:
+    if config["format_version"] not in _READ_VERSIONS:
         raise InputError(
-            f"{path}: format version {config['format_version']!r}, this spkfast reads version {FORMAT_VERSION}"
+            f"{path}: format version {config['format_version']!r}, this spkfast reads versions up to {FORMAT_VERSION}"
         )
     for key in ("model", "frontend", "frontend_hash"):
         if key not in config:
@@ -454,10 +545,11 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: damaged: {' '.join(str(error).split())}") from error
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format version {metadata.get('format_version')!r}, this spkfast reads version {FORMAT_VERSION}"
-        )
+    version = metadata.get("format_version")
+    if version not in _READ_VERSIONS:
+        raise InputError(f"{path}: format version {version!r}, this spkfast reads versions up to {FORMAT_VERSION}")
+    if version == 1:
+        tensors = {current_name(name): value for name, value in tensors.items()}
     return tensors, metadata
 
 

@@ -1,5 +1,6 @@
 """SpeakerEncoder: audio of every kind in, the same embedding out; and what a damaged model folder says."""
 
+import inspect
 import io
 import json
 
@@ -146,6 +147,60 @@ def test_save_and_load(tmp_path, encoder):
     assert make_encoder(seed=1).fingerprint != encoder.fingerprint
 
 
+def test_folder_of_version_1(tmp_path):
+    """Names from before the network was made of parts."""
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    net = models.create("ecapa_tdnn", channels=16, mfa_channels=32, embedding_dim=24, scale=4, emb_bn=True)
+    encoder = SpeakerEncoder(net, frontend("wespeaker"))
+    encoder.save(tmp_path / "new")
+    encoder.save(tmp_path / "old")
+    edit_config(tmp_path / "old", lambda config: config.update(format_version=1))
+
+    def rename(metadata, tensors):
+        metadata["format_version"] = 1
+        for name in list(tensors):
+            former = name.removeprefix("encoder.").replace(".in_.", ".in.")
+            for part, was in (("pooling.", "asp."), ("projector.bn2.", "emb.bn."), ("projector.bn.", "post.bn."),
+                              ("projector.fc.", "emb.fc.")):  # fmt: skip
+                former = former.replace(part, was)
+            tensors[former] = tensors.pop(name)
+
+    edit_weights(tmp_path / "old", rename)
+    names = load_file(tmp_path / "old/model.safetensors")
+    assert {"stem.conv.weight", "blk1.in.bn.bias", "asp.fc1.weight", "post.bn.bias", "emb.bn.bias"} <= names.keys()
+    loaded = SpeakerEncoder.load(tmp_path / "old")
+    assert loaded.fingerprint == encoder.fingerprint
+    assert torch.equal(loaded.embed(voice()), encoder.embed(voice()))
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again/config.yaml").read_bytes() == (tmp_path / "new/config.yaml").read_bytes()
+
+
+def test_fingerprint_outlives_new_keywords(encoder, monkeypatch):
+    before = encoder.fingerprint
+    signature = inspect.signature(models.EcapaTdnn)
+    later = inspect.Parameter("gain", inspect.Parameter.KEYWORD_ONLY, default=1.0)
+    parameters = [*signature.parameters.values(), later]
+    monkeypatch.setattr(models.EcapaTdnn, "__signature__", signature.replace(parameters=parameters), raising=False)
+    monkeypatch.setitem(encoder.model.config, "gain", 1.0)
+    assert encoder.fingerprint == before
+    monkeypatch.setitem(encoder.model.config, "gain", 2.0)
+    assert encoder.fingerprint != before
+
+
+def test_fingerprint_counts_what_weights_do_not_tell():
+    """Networks of the same weights that give other embeddings."""
+    encoder = make_encoder()
+    found = {encoder.fingerprint}
+    for name, value in (("dilations", [1, 1, 1, 1]), ("padding", "batch"), ("dialect", "taoruijie")):
+        net = models.create("ecapa_tdnn", **{**encoder.model.config, name: value})
+        net.load_state_dict(encoder.model.state_dict())
+        found.add(SpeakerEncoder(net, encoder.frontend).fingerprint)
+    found.add(SpeakerEncoder(encoder.model, frontend("wespeaker", window="povey")).fingerprint)
+    assert len(found) == 5
+
+
 def test_save_replaces_whole_folders_only(tmp_path, saved, monkeypatch):
     other = make_encoder(seed=1)
     other.save(saved)
@@ -197,7 +252,7 @@ def test_bad_audio_in_a_batch_is_named(tmp_path, encoder):
 def test_embedding_that_is_not_finite_is_named(tmp_path):
     broken = make_encoder()
     with torch.no_grad():
-        broken.model.emb["fc"].bias[0] = torch.nan
+        broken.model.projector.fc.bias[0] = torch.nan
     path = write(tmp_path / "a.wav", voice())
     with pytest.raises(InputError, match=r"a\.wav: the model gives no finite embedding for its 1.000 s"):
         broken.embed(path)
@@ -238,8 +293,8 @@ def test_folder_from_before_a_field_was_added_loads(saved):
 
 
 DAMAGE = {
-    r"config\.yaml: format version 2, this spkfast reads version 1": lambda f: edit_config(
-        f, lambda c: c.update(format_version=2)
+    r"config\.yaml: format version 3, this spkfast reads versions up to 2": lambda f: edit_config(
+        f, lambda c: c.update(format_version=3)
     ),
     r"model\.safetensors: format version '7', this spkfast reads": lambda f: edit_weights(
         f, lambda m, t: m.update(format_version="7")
@@ -263,10 +318,13 @@ DAMAGE = {
     ),
     r"config\.yaml: not the config of a model": lambda f: (f / "config.yaml").write_text("steps: 3"),
     r"config\.yaml: damaged: ": lambda f: (f / "config.yaml").write_text("a: [1"),
-    r"tensor 'emb.fc.bias' has shape none, the model of config\.yaml has \(24,\)": lambda f: edit_weights(
-        f, lambda m, t: t.pop("emb.fc.bias")
+    r"config\.yaml: damaged: 'NoneType' object": lambda f: (f / "config.yaml").write_text(
+        "format_version: 2\nx: !!timestamp x"
     ),
-    r"tensor 'emb.fc.bias' has shape \(24,\), the model of config\.yaml has \(12,\)|tensor 'emb.fc.weight'": lambda f: (
+    r"tensor 'projector.fc.bias' has shape none, the model of config\.yaml has \(24,\)": lambda f: edit_weights(
+        f, lambda m, t: t.pop("projector.fc.bias")
+    ),
+    r"tensor 'projector\.fc\.weight' has shape \(24, 64\), the model of config\.yaml has \(12, 64\)": lambda f: (
         edit_config(f, lambda c: c["model"]["config"].update(embedding_dim=12))
     ),
     r"model\.safetensors: damaged: ": lambda f: (f / "model.safetensors").write_bytes(
@@ -286,12 +344,12 @@ def test_damaged_model(saved, message):
 
 
 def test_unsuitable_source(tmp_path, saved):
-    with pytest.raises(InputError, match="no such model"):
+    with pytest.raises(InputError, match=r"no such model; .*another toolkit's checkpoint.*nothing is downloaded"):
         SpeakerEncoder.load(tmp_path / "none")
     with pytest.raises(InputError, match="not a model folder"):
         SpeakerEncoder.load(tmp_path.parent)
     (tmp_path / "avg_model.pt").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"avg_model\.pt: not a model of spkfast"):
+    with pytest.raises(InputError, match=r"avg_model\.pt: not a checkpoint"):
         SpeakerEncoder.load(tmp_path / "avg_model.pt")
     with pytest.raises(InputError, match="precision must be 'fp32'"):
         SpeakerEncoder.load(saved, precision="bf16")
@@ -312,6 +370,22 @@ def test_network_of_ones_own(tmp_path):
     assert encoder.embed(voice()).shape == (80,)
     with pytest.raises(InputError, match=r"only networks of spkfast\.models can be saved"):
         encoder.save(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_network_in_another_precision(dtype, bound):
+    want = make_encoder().embed(voice())
+    other = make_encoder()
+    got = SpeakerEncoder(other.model.to(dtype), other.frontend).embed(voice())
+    assert got.dtype == torch.float32 and relative_error(got, want) < bound
+
+
+def test_repr_and_presets_for_a_network_of_ones_own(encoder):
+    assert repr(encoder) == f"SpeakerEncoder(ecapa_tdnn, front-end {encoder.frontend.hash}, cpu)"
+    plain = SpeakerEncoder(torch.nn.Identity(), "kaldi")
+    assert plain.frontend == frontend("kaldi") and repr(plain).startswith("SpeakerEncoder(Identity, ")
+    with pytest.raises(InputError, match="must be a FrontendSpec"):
+        SpeakerEncoder(encoder.model, None)
 
 
 def test_embedding_leaves_training_mode_and_statistics_alone():

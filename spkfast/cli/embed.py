@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
         help="audio file; folder (all audio in it, keys relative to it); or .txt/.lst/.list file with lines 'path', "
         "'speaker path' or 'label path path', relative to the folder of the list",
     )
-    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--model", required=True, help="folder of the model, or checkpoint of another toolkit")
     parser.add_argument(
         "--out",
         required=True,

@@ -12,7 +12,7 @@ def main(argv: list[str]) -> None:
     parser = Parser("verify", HELP)
     parser.add_argument("a", metavar="A", help="audio file")
     parser.add_argument("b", metavar="B", help="audio file")
-    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--model", required=True, help="folder of the model, or checkpoint of another toolkit")
     add_backend(parser)
     add_json(parser)
     args = parser.parse_args(argv)

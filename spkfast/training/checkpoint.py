@@ -10,7 +10,7 @@ from typing import Any
 
 from spkfast.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save(folder: Path, step: int, config: dict[str, Any], keep: int, accelerator: Any) -> None:

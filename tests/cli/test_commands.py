@@ -89,9 +89,9 @@ def test_verify_bad_audio(spkfast, model, data, kind):
 def test_checkpoint_of_another_version(spkfast, model, data):
     other = shutil.copytree(model, data.parent / "other")
     config = other / "config.yaml"
-    config.write_text(config.read_text().replace("format_version: 1", "format_version: 99"))
+    config.write_text(config.read_text().replace("format_version: 2", "format_version: 99"))
     audio = data / "s0/r0/u.wav"
-    expected = f"{config}: format version 99, this spkfast reads version 1"
+    expected = f"{config}: format version 99, this spkfast reads versions up to 2"
     assert spkfast("verify", audio, audio, "--model", other).error == f"spkfast verify: error: {expected}"
     assert expected in spkfast("embed", data, "--model", other, "--out", data / "x.npz").error
     assert expected in spkfast("evaluate", "--model", other, "--data", data).error

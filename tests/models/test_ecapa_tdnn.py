@@ -74,6 +74,7 @@ def randomized(dialect: str, seed: int = 0, **config: Any) -> models.SpeakerMode
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.*pass dilations")  # the goldens have the usual ones
 @pytest.mark.parametrize("name", golden_names("models"))
 def test_matches_the_toolkit(golden: Path, name: str) -> None:
     cases = 0
@@ -96,6 +97,7 @@ def test_matches_the_toolkit(golden: Path, name: str) -> None:
     assert cases >= 2 * len(entry["cases"])
 
 
+@pytest.mark.filterwarnings("ignore:.*pass dilations")
 @pytest.mark.parametrize("name", golden_names("models_train"))
 def test_training_step_matches_the_toolkit(golden: Path, name: str) -> None:
     """Output, gradients and batch-norm statistics of one forward and backward in training mode."""

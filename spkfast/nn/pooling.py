@@ -45,8 +45,11 @@ class Deviation:
         info = torch.finfo(var.dtype)
         if self.unbiased and frames is not None:
             var = var * (frames / (frames - 1).clamp_min(1))
+        if self.add:
+            var = var + self.add
         low = info.eps if self.low is None else max(self.low, info.tiny)
-        return (var + self.add).clamp(low, self.high).sqrt() + self.offset
+        std = var.clamp(low, self.high).sqrt()
+        return std + self.offset if self.offset else std
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,12 +203,16 @@ class AttentiveStatsPool(Pooling):
     def pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         if self.bn is None or not self.training:
             x = _without_padding(x, lengths)
-        hidden = _product(x, self.fc1.weight[:, : self.channels], self.fc1.bias)
+        weight, bias = self.fc1.weight, self.fc1.bias
         if self.global_context:
             mean, var = weighted_moments(x, None, lengths)
-            context = torch.cat([mean, self.form.context.of(var, _num_frames(var, x, lengths))], dim=1)
-            share = F.linear(context, self.fc1.weight[:, self.channels :, 0].to(context.dtype))
+            std = self.form.context.of(var, _num_frames(var, x, lengths))
+            _, of_mean, of_std = weight[..., 0].to(mean.dtype).split(self.channels, dim=1)
+            share = F.linear(mean, of_mean, None if bias is None else bias.to(mean.dtype)) + F.linear(std, of_std)
+            hidden = _product(x, weight[:, : self.channels])
             hidden = hidden + share.to(hidden.dtype)[..., None]
+        else:
+            hidden = _product(x, weight, bias)
         if self.form.relu:
             hidden = F.relu(hidden)
         if self.bn is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from spkfast.cli.main import main
+from tests.models.foreign import foreign_state, small_model
 from tests.training.corpus import TINY, make_tones
 
 README = Path(__file__).parents[1] / "README.md"
@@ -21,6 +22,9 @@ def test_python_example(tmp_path, monkeypatch):
     assert main(["train", "tiny.yaml", "--data.train_list", "train_list.txt", "--steps", "2"]) == 0
     for number, name in enumerate(("a.flac", "b.flac")):
         (tmp_path / f"spk{number}" / "s" / "0.wav").rename(tmp_path / name)
+    (tmp_path / "exp" / "models").mkdir(parents=True)
+    state = foreign_state(small_model("wespeaker", feature_dim=80), "wespeaker")
+    torch.save(state, tmp_path / "exp" / "models" / "avg_model.pt")
     waveforms = 0.1 * torch.randn(2, 16000)
     pieces = waveforms[0].numpy().reshape(100, 160)
     names = {"waveforms": waveforms, "lengths": torch.tensor([16000, 9000]), "pieces": pieces}
@@ -28,4 +32,5 @@ def test_python_example(tmp_path, monkeypatch):
     assert names["one"].shape == (12,) and names["many"].shape == (2, 12)
     torch.testing.assert_close(names["many"][0], names["one"], rtol=1e-4, atol=1e-5)
     assert names["features"].shape == (2, 98, 80) and names["frames"].tolist() == [98, 54]
+    assert names["embeddings"].shape == (2, 192) and names["theirs"].model.embedding_dim == 12
     assert names["new"].shape == (1, 80) and names["rest"].shape == (0, 80)

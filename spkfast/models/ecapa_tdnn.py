@@ -222,6 +222,8 @@ class EcapaTdnn(SpeakerModel):
             if isinstance(groups, int)
             else _of_each_layer("groups", groups, num_blocks),
         }
+        if any(size % 2 == 0 for size in layers["kernel_sizes"]):
+            raise InputError(f"kernel_sizes must be odd, got {list(kernel_sizes)}")
         for name, value in {
             "feature_dim": feature_dim, "embedding_dim": embedding_dim, "scale": scale, "mfa_channels": mfa_channels,
             "se_channels": se_channels,

@@ -275,7 +275,7 @@ def test_half_precision_is_near() -> None:
         ({"channels": 63}, "multiple of scale=8"),
         ({"dialect": "wespeker"}, "did you mean 'wespeaker'"),
         ({"dilations": (1, 2)}, "must name the stem and each of the 3 blocks"),
-        ({"kernel_sizes": (4, 3, 3, 3)}, "kernel_size must be odd"),
+        ({"kernel_sizes": (4, 3, 3, 3)}, "kernel_sizes must be odd"),
         ({"padding": "reflect"}, "padding must be 'exact' or 'batch'"),
         ({"pooling": "tsp"}, "did you mean 'tstp'"),
         ({"pooling": {"heads": 2}}, "pooling must be a name, or a mapping with one under 'name'"),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ import spkfast
 from spkfast import functional
 from spkfast.backends import Backend
 from tests.fuzz.bounds_attentive_stats_pool import error_bounds, rounded
+from tests.fuzz.surroundings import surroundings
 from tests.parity import FACTOR
 
 _ALL_LEVELS = ("scalar", "avx2", "avx512", "avx512bf16")
@@ -232,25 +231,6 @@ def check(case: Case) -> collections.Counter[str]:
                 "grad_logits": free_rows[..., None],
             },
         )
-
-
-@contextlib.contextmanager
-def surroundings(level: str) -> Iterator[None]:
-    """This instruction set, one thread, and memory that starts as NaN, so that unwritten output shows."""
-    before, threads = os.environ.get("SPKFAST_CPU_LEVEL"), torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    os.environ["SPKFAST_CPU_LEVEL"] = level
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-        torch.set_num_threads(threads)
-        del os.environ["SPKFAST_CPU_LEVEL"]
-        if before is not None:
-            os.environ["SPKFAST_CPU_LEVEL"] = before
 
 
 def counted(lengths: Tensor | None, x: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ from tests.fuzz.fuzz_attentive_stats_pool import (
     draw_surroundings,
     draw_values,
     same,
-    surroundings,
     three_ways,
 )
+from tests.fuzz.surroundings import surroundings
 
 _RESULTS = ("mean", "var", "grad_x", "grad_hidden", "grad_weight", "grad_bias")
 

@@ -6,8 +6,6 @@ import collections
 import contextlib
 import dataclasses
 import math
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from spkfast.backends import Backend
 from spkfast.errors import InputError
 from spkfast.reference.log_mel_fbank import count_frames, padded_frames
 from tests.fuzz.bounds_log_mel_fbank import Bounds, error_bounds
+from tests.fuzz.surroundings import surroundings
 from tests.parity import FACTOR
 
 _PRESETS = (
@@ -273,27 +272,8 @@ def check(case: Case) -> collections.Counter[str]:
     Raises:
         AssertionError: If the kernel is wrong.
     """
-    with _surroundings(case):
+    with surroundings(case.level):
         return _check_refusal(case) if case.bad else _check_values(case)
-
-
-@contextlib.contextmanager
-def _surroundings(case: Case) -> Iterator[None]:
-    """The instruction set of the case, one thread, and memory that starts as NaN, so that unwritten output shows."""
-    level, threads = os.environ.get("SPKFAST_CPU_LEVEL"), torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    os.environ["SPKFAST_CPU_LEVEL"] = case.level
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-        torch.set_num_threads(threads)
-        del os.environ["SPKFAST_CPU_LEVEL"]
-        if level is not None:
-            os.environ["SPKFAST_CPU_LEVEL"] = level
 
 
 def _call(case: Case, backend: Backend, *, validate: bool = True, **changes: Any) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spkfast.errors import InputError, nearest
+from spkfast.errors import check_name, check_options
 from spkfast.models.base import SpeakerModel
 from spkfast.models.checkpoints import Imported, import_state_dict
 from spkfast.models.ecapa_tdnn import EcapaTdnn
@@ -35,12 +35,9 @@ def create(name: str, **config: Any) -> SpeakerModel:
     Raises:
         InputError: If the name or a keyword is unknown.
     """
-    if name not in _MODELS:
-        raise InputError(f"unknown model {name!r}{nearest(name, list())}; known: {', '.join(list())}")
+    check_name("model", name, list())
     known = [p for p in inspect.signature(_MODELS[name]).parameters if p != "self"]
-    for key in config:
-        if key not in known:
-            raise InputError(f"unknown option {key!r} of model {name}{nearest(key, known)}")
+    check_options("model", name, config, known)
     return _MODELS[name](**config)
 
 

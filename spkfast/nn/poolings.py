@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from spkfast.errors import InputError, nearest
+from spkfast.errors import InputError, check_name, check_options
 from spkfast.nn.pooling import (
     ASTP,
     AttentionForm,
@@ -101,8 +101,7 @@ def options(name: str) -> builtins.list[str]:
     Raises:
         InputError: If the name is unknown.
     """
-    if name not in _POOLINGS:
-        raise InputError(f"unknown pooling {name!r}{nearest(name, list())}; known: {', '.join(list())}")
+    check_name("pooling", name, list())
     return [key for key in inspect.signature(_POOLINGS[name]).parameters if key not in ("channels", "form")]
 
 
@@ -127,9 +126,7 @@ def create(name: str, channels: int, **config: Any) -> Pooling:
         InputError: If the name or a keyword is unknown.
     """
     known = options(name)
-    for key in config:
-        if key not in known:
-            raise InputError(f"unknown option {key!r} of pooling {name}{nearest(key, known)}")
+    check_options("pooling", name, config, known)
     for key in ("bottleneck", "heads", "layers", "queries"):
         if key in config and (not isinstance(config[key], int) or config[key] < 1):
             raise InputError(f"{key} of pooling {name} must be a positive integer, got {config[key]!r}")

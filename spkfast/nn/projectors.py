@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spkfast.errors import InputError, nearest
+from spkfast.errors import InputError, check_name, check_options
 
 __all__ = ["IdentityProjector", "LinearProjector", "XvectorProjector", "create", "list"]
 
@@ -111,10 +111,7 @@ def create(name: str, input_size: int, **options: Any) -> nn.Module:
     Raises:
         InputError: If the name or an option is unknown.
     """
-    if name not in _PROJECTORS:
-        raise InputError(f"unknown projector {name!r}{nearest(name, list())}; known: {', '.join(list())}")
+    check_name("projector", name, list())
     known = [key for key in inspect.signature(_PROJECTORS[name]).parameters if key not in ("self", "input_size")]
-    for key in options:
-        if key not in known:
-            raise InputError(f"unknown option {key!r} of projector {name}{nearest(key, known)}")
+    check_options("projector", name, options, known)
     return _PROJECTORS[name](input_size, **options)

@@ -96,7 +96,12 @@ sanitize: build  ## random cases under AddressSanitizer: OPS="..." CASES=100000 
 demo: build  ## train, embed, evaluate, report; DATA=FOLDER for speech of your own
 	$(BIN)/spkfast demo $(if $(DATA),--data "$(DATA)") --out demo
 
-bench: build  ## speed of every op and model beside its peers
+# Peers that nothing but benchmarks has a use for.
+$(VENV)/.peers: $(BUILT)
+	@$(PIP) openvino
+	@touch $@
+
+bench: $(VENV)/.peers  ## speed of every op and model beside its peers
 	@set -e; for file in benchmarks/ops/bench_*.py benchmarks/models/bench_*.py; do \
 	  $(BIN)/python -m "$$(echo "$${file%.py}" | tr / .)" $(ARGS); done
 

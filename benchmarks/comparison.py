@@ -120,10 +120,15 @@ def finish(result: dict[str, Any], figures: Sequence[Figure]) -> dict[str, Any]:
             ("gflop_per_s", "{:6.1f} GFLOP/s"),
             ("peak_mib", "{:7.1f} MiB"),
             ("max_error", "largest error {:.1e}"),
+            ("relative_error", "relative error {:.1e}"),
+            ("cosine", "lowest cosine {:.6f}"),
+            ("note", "{}"),
         ):
-            if key in row:
+            if row.get(key, "") != "":
                 parts.append(text.format(row[key]))
         print(f"  {name:32} {', '.join(parts)}")
+    for name, reason in result.get("absent", {}).items():
+        print(f"  {name:32} absent: {reason}")
     for figure in figures:
         print(f"  {figure.name}: {figure.value:.2f} {f'({figure.goal}: {figure.verdict})' if figure.goal else ''}")
     return result

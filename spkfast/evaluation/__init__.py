@@ -2,15 +2,17 @@
 
 from typing import Any
 
-from spkfast.evaluation.metrics import Eer, eer, error_rates, min_dcf
+from spkfast.evaluation.metrics import Eer, EerDifference, eer, eer_difference, error_rates, min_dcf
 from spkfast.evaluation.scoring import TrialResult, cosine_scores, evaluate_trials
 
 __all__ = [
     "Eer",
+    "EerDifference",
     "TrialResult",
     "cosine_scores",
     "det_plot",
     "eer",
+    "eer_difference",
     "error_rates",
     "evaluate_trials",
     "min_dcf",

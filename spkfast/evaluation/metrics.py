@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,20 @@ class Eer(NamedTuple):
 
     value: float
     threshold: float
+    low: float | None
+    high: float | None
+
+
+class EerDifference(NamedTuple):
+    """By how much the equal error rate of one system exceeds that of another on the same trials.
+
+    Attributes:
+        value: The difference, a fraction; positive where the second system is worse.
+        low: Lower end of the 95 % interval over speakers, or None with fewer than three speakers.
+        high: Upper end.
+    """
+
+    value: float
     low: float | None
     high: float | None
 
@@ -97,18 +111,82 @@ def eer(
     if enrol_speakers is not None or test_speakers is not None:
         if enrol_speakers is None or test_speakers is None:
             raise InputError("enrol_speakers and test_speakers must be given together")
-        if num_resamples < 1:
-            raise InputError(f"num_resamples must be at least 1, got {num_resamples}")
-        rates = []
-        for weights in _resamples(enrol_speakers, test_speakers, len(target), num_resamples, seed):
-            misses, false_alarms = trials.errors(weights)
-            if misses[-1] > 0 and false_alarms[0] > 0:
-                rates.append(find(misses, false_alarms)[0])
-        # Two speakers have one resample with both of them: an interval without width, which would claim certainty.
-        if rates and len({*enrol_speakers, *test_speakers}) > 2:
-            tail = (1 - _CONFIDENCE) / 2
-            low, high = (float(bound) for bound in np.quantile(rates, [tail, 1 - tail]))
+        low, high = _interval(
+            lambda errors: find(*errors[0])[0], [trials], enrol_speakers, test_speakers, num_resamples, seed
+        )
     return Eer(float(value), float(trials.thresholds[index]), low, high)
+
+
+def eer_difference(
+    first_scores: Any,
+    second_scores: Any,
+    labels: Any,
+    *,
+    enrol_speakers: Sequence[Any] | np.ndarray,
+    test_speakers: Sequence[Any] | np.ndarray,
+    method: str = "interp",
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> EerDifference:
+    """Equal error rate of a second system minus that of a first one, with a paired bootstrap interval over speakers.
+
+    Both are computed on the same resamples, so that what is hard for both cancels.
+
+    Args:
+        first_scores: As of :func:`eer`.
+        second_scores: As of :func:`eer`, of the same trials.
+        labels: As of :func:`eer`.
+        enrol_speakers: As of :func:`eer`.
+        test_speakers: As of :func:`eer`.
+        method: As of :func:`eer`.
+        num_resamples: Bootstrap resamples.
+        seed: Of the resampling.
+
+    Raises:
+        InputError: As :func:`eer`.
+
+    Reference: Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP
+    2004.
+    """
+    if method not in _METHODS:
+        raise InputError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
+    find = _METHODS[method]
+    named = {"first_scores": first_scores, "second_scores": second_scores}
+    systems = [_Trials(*_checked(scores, labels, name)) for name, scores in named.items()]
+    once = np.ones(len(systems[0].target))
+
+    def difference(errors: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+        first, second = (find(*of_system)[0] for of_system in errors)
+        return second - first
+
+    value = difference([system.errors(once) for system in systems])
+    low, high = _interval(difference, systems, enrol_speakers, test_speakers, num_resamples, seed)
+    return EerDifference(float(value), low, high)
+
+
+def _interval(
+    statistic: Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], float],
+    systems: Sequence[_Trials],
+    enrol_speakers: Any,
+    test_speakers: Any,
+    num_resamples: int,
+    seed: int,
+) -> tuple[float | None, float | None]:
+    """Ends of the 95 % interval over speakers of a statistic of the errors of all systems."""
+    if num_resamples < 1:
+        raise InputError(f"num_resamples must be at least 1, got {num_resamples}")
+    values = []
+    for weights in _resamples(enrol_speakers, test_speakers, len(systems[0].target), num_resamples, seed):
+        errors = [system.errors(weights) for system in systems]
+        misses, false_alarms = errors[0]
+        if misses[-1] > 0 and false_alarms[0] > 0:
+            values.append(statistic(errors))
+    # Two speakers have one resample with both of them: an interval without width, which would claim certainty.
+    if not values or len({*enrol_speakers, *test_speakers}) <= 2:
+        return None, None
+    tail = (1 - _CONFIDENCE) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def min_dcf(scores: Any, labels: Any, p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0) -> float:
@@ -206,14 +284,14 @@ def _resamples(enrol: Any, test: Any, num_trials: int, num_resamples: int, seed:
         yield drawn[first] * np.where(same, 1.0, drawn[second])
 
 
-def _checked(scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+def _checked(scores: Any, labels: Any, name: str = "scores") -> tuple[np.ndarray, np.ndarray]:
     score, label = (_numpy(value) for value in (scores, labels))
     if score.ndim != 1 or score.shape != label.shape:
-        raise InputError(f"scores and labels must have one shape (trials,), got {score.shape} and {label.shape}")
+        raise InputError(f"{name} and labels must have one shape (trials,), got {score.shape} and {label.shape}")
     score = score.astype(np.float64)
     if not np.isfinite(score).all():
         raise InputError(
-            f"scores must be finite, got {score[~np.isfinite(score)][0]} for trial {_first(~np.isfinite(score))}"
+            f"{name} must be finite, got {score[~np.isfinite(score)][0]} for trial {_first(~np.isfinite(score))}"
         )
     wrong = (label != 0) & (label != 1)
     if wrong.any():

@@ -8,7 +8,7 @@ import torch
 
 from spkfast.errors import InputError
 from spkfast.evaluation import metrics
-from spkfast.evaluation.metrics import eer, error_rates, min_dcf
+from spkfast.evaluation.metrics import eer, eer_difference, error_rates, min_dcf
 
 CASES = (
     "gauss", "ties_2dec", "ties_1dec", "few_targets", "few_nontargets", "separated", "inverted", "tiny", "tiny_doc",
@@ -179,3 +179,45 @@ def test_no_interval_from_two_speakers():
     """Every resample with both of two speakers is the list itself: no width, no knowledge."""
     rate = eer([0.9, 0.2, 0.8, 0.1, 0.5], [1, 1, 1, 0, 0], enrol_speakers=list("aabab"), test_speakers=list("aabba"))
     assert rate.low is None and rate.high is None
+
+
+def _speakers(n=300):
+    rng = np.random.default_rng(5)
+    return {"enrol_speakers": rng.integers(8, size=n), "test_speakers": rng.integers(8, size=n)}
+
+
+def test_difference_is_that_of_both_rates_on_the_same_resamples():
+    first, labels = trials(1)
+    second = first + np.random.default_rng(2).normal(size=300)
+    speakers = _speakers()
+    found = eer_difference(first, second, labels, **speakers, num_resamples=50, seed=3)
+    assert found.value == eer(second, labels).value - eer(first, labels).value > 0
+    differences = []
+    for weights in metrics._resamples(*speakers.values(), 300, 50, 3):
+        counts = weights.astype(int)
+        drawn = [np.repeat(values, counts) for values in (first, second, labels)]
+        differences.append(eer(drawn[1], drawn[2]).value - eer(drawn[0], drawn[2]).value)
+    assert found.low == pytest.approx(np.quantile(differences, 0.025))
+    assert found.high == pytest.approx(np.quantile(differences, 0.975))
+
+
+def test_no_difference_from_itself():
+    scores, labels = trials(1)
+    assert eer_difference(scores, 2 * scores, labels, **_speakers()) == (0, 0, 0)
+
+
+def test_pairing_makes_the_interval_narrower():
+    scores, labels = trials(1, decimals=6)
+    second = scores + 0.01 * np.random.default_rng(2).normal(size=300)
+    found, alone = eer_difference(scores, second, labels, **_speakers()), eer(scores, labels, **_speakers())
+    assert found.high - found.low < (alone.high - alone.low) / 3
+
+
+def test_difference_refuses_unknown_methods_and_other_trials():
+    scores, labels = trials(1)
+    with pytest.raises(InputError, match="method must be one of"):
+        eer_difference(scores, scores, labels, **_speakers(), method="best")
+    with pytest.raises(InputError, match=r"^second_scores and labels must have one shape"):
+        eer_difference(scores, scores[:-1], labels, **_speakers())
+    with pytest.raises(InputError, match=r"^first_scores must be finite, got nan for trial 0"):
+        eer_difference(np.where(np.arange(300) == 0, np.nan, scores), scores, labels, **_speakers())

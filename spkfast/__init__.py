@@ -10,6 +10,7 @@ from spkfast.errors import InputError
 from spkfast.frontends import FrontendSpec, frontend
 
 if TYPE_CHECKING:
+    from spkfast.acceleration import accelerate
     from spkfast.arrays import NumpyFbank, StreamingFbank
     from spkfast.inference import SpeakerEncoder
 
@@ -22,22 +23,24 @@ __all__ = [
     "SpeakerEncoder",
     "StreamingFbank",
     "__version__",
+    "accelerate",
     "frontend",
     "info",
 ]
 
-_SUBMODULES = ("data", "evaluation", "export", "functional", "models", "nn", "reference")
-_CLASSES = {
+_SUBMODULES = ("acceleration", "data", "evaluation", "export", "functional", "models", "nn", "reference")
+_NAMES = {
     "NumpyFbank": "spkfast.arrays",
     "SpeakerEncoder": "spkfast.inference",
     "StreamingFbank": "spkfast.arrays",
+    "accelerate": "spkfast.acceleration",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Subpackages load on first use, so that `import spkfast` and the command line start fast.
-    if name in _CLASSES:
-        return getattr(importlib.import_module(_CLASSES[name]), name)
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"spkfast.{name}")
     raise AttributeError(f"module 'spkfast' has no attribute {name!r}")

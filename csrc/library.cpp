@@ -1,15 +1,20 @@
 // The table of every op: one line per op and one per backward. Kernels register themselves in
-// csrc/cpu and csrc/cuda, fakes and gradients in spkfast/ops; a schema repeats the signature of its
-// definition in spkfast/reference; further outputs are what its gradient needs.
+// csrc/cpu and csrc/cuda, fakes and gradients in spkfast/ops. A schema repeats the signature of its
+// definition in spkfast/reference, further outputs being what its gradient needs; those of
+// inference take packed weights in place of its weights (spkfast/ops/_packing.py).
 #include <torch/csrc/stable/library.h>
 
 // clang-format off
 STABLE_TORCH_LIBRARY(spkfast, m) {
+  m.def("attentive_pooling(Tensor x, Tensor hidden, Tensor hidden_vectors, Tensor? context, Tensor? context_vectors, Tensor weight, Tensor bias, Tensor? lengths, int[] integers, float[] floats) -> (Tensor mean, Tensor var)");
   m.def("attentive_stats_pool(Tensor x, Tensor? logits, Tensor? lengths) -> (Tensor mean, Tensor var, Tensor highest, Tensor total)");
   m.def("attentive_stats_pool_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor? logits, Tensor? lengths, Tensor mean, Tensor var, Tensor highest, Tensor total) -> (Tensor grad_x, Tensor grad_logits)");
   m.def("attentive_stats_pool_from_hidden(Tensor x, Tensor hidden, Tensor weight, Tensor bias, Tensor? lengths) -> (Tensor mean, Tensor var, Tensor highest, Tensor total)");
   m.def("attentive_stats_pool_from_hidden_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor hidden, Tensor weight, Tensor bias, Tensor? lengths, Tensor mean, Tensor var, Tensor highest, Tensor total) -> (Tensor grad_x, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   m.def("log_mel_fbank(Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, Tensor? cosines, Tensor? seeds, Tensor? masks, int[] integers, float[] floats, ScalarType dtype, bool validate) -> (Tensor features, Tensor frame_lengths)");
   m.def("log_mel_fbank_backward(Tensor grad, Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, Tensor? cosines, Tensor? seeds, Tensor? masks, int[] integers, float[] floats, ScalarType dtype, bool validate) -> Tensor");
+  m.def("product_pack(Tensor weight, int[] parts, int precision) -> Tensor");
+  m.def("se_res2net_block(Tensor x, Tensor[] params, Tensor? padded, Tensor? excited, int[] integers, float[] floats) -> Tensor");
+  m.def("tdnn_layer(Tensor[] x, Tensor weight, Tensor vectors, Tensor? offset, Tensor? lengths, int[] integers, float[] floats) -> Tensor");
 }
 // clang-format on

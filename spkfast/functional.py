@@ -4,6 +4,8 @@ from spkfast.ops import (
     attentive_stats_pool,
     attentive_stats_pool_from_hidden,
     log_mel_fbank,
+    se_res2net_block,
+    tdnn_layer,
     weighted_moments,
     weighted_moments_from_hidden,
 )
@@ -12,6 +14,8 @@ __all__ = [
     "attentive_stats_pool",
     "attentive_stats_pool_from_hidden",
     "log_mel_fbank",
+    "se_res2net_block",
+    "tdnn_layer",
     "weighted_moments",
     "weighted_moments_from_hidden",
 ]

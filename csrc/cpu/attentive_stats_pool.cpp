@@ -44,7 +44,7 @@ struct Arguments {
     x = readable(x);
     const bool last = channels_last(x);
     if (logits) logits = shared ? torch::stable::contiguous(*logits) : laid_out(*logits, last);
-    lengths = checked_lengths(lengths, batch_size);
+    lengths = checked_lengths("lengths", lengths, batch_size);
     batch.element = element;
     batch.channels_last = last;
     batch.batch = batch_size;

@@ -6,14 +6,6 @@
 namespace spkfast::cpu {
 namespace {
 
-const AttentiveStatsPoolKernel& kernel_for(Level level) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (level >= Level::avx512) return attentive_stats_pool_avx512();
-  if (level == Level::avx2) return attentive_stats_pool_avx2();
-#endif
-  return attentive_stats_pool_scalar();
-}
-
 // Calls task(row, group) for every group of channels of every row.
 template <typename Task>
 void for_groups(const AttentiveStatsPoolBatch& batch, const ParallelFor& parallel_for,
@@ -45,9 +37,17 @@ RowLogits row_logits(const AttentiveStatsPoolBatch& batch, const SharedLogits& s
 
 }  // namespace
 
+const AttentiveStatsPoolKernel& attentive_stats_pool_kernel(Level level) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (level >= Level::avx512) return attentive_stats_pool_avx512();
+  if (level == Level::avx2) return attentive_stats_pool_avx2();
+#endif
+  return attentive_stats_pool_scalar();
+}
+
 void run_attentive_stats_pool(const AttentiveStatsPoolBatch& batch, const SharedLogits* shared,
                               Level level, const ParallelFor& parallel_for) {
-  const AttentiveStatsPoolKernel& kernel = kernel_for(level);
+  const AttentiveStatsPoolKernel& kernel = attentive_stats_pool_kernel(level);
   AttentiveStatsPoolBatch whole = batch;
   std::vector<float> weights;
   if (shared) {
@@ -71,7 +71,7 @@ void run_attentive_stats_pool(const AttentiveStatsPoolBatch& batch, const Shared
 void run_attentive_stats_pool_backward(const AttentiveStatsPoolBatch& batch,
                                        const SharedLogits* shared, void* grad_logits, Level level,
                                        const ParallelFor& parallel_for) {
-  const AttentiveStatsPoolKernel& kernel = kernel_for(level);
+  const AttentiveStatsPoolKernel& kernel = attentive_stats_pool_kernel(level);
   AttentiveStatsPoolBatch whole = batch;
   std::vector<float> weights, sums;
   if (shared) {

@@ -17,6 +17,8 @@ struct SharedLogits {
   float *highest, *total;
 };
 
+const AttentiveStatsPoolKernel& attentive_stats_pool_kernel(Level level);
+
 // Whole passes over a batch. Of `batch` all is given but the weights, and in the backward pass the
 // sums. `shared` is null where each channel has logits of its own.
 void run_attentive_stats_pool(const AttentiveStatsPoolBatch& batch, const SharedLogits* shared,

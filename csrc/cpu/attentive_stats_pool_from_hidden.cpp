@@ -29,10 +29,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attentive_stats_pool_from_hidden(
   check_dtype("weight", weight, x.scalar_type());
   check_dtype("bias", bias, x.scalar_type());
   const Tensor values = readable(x);
-  const Tensor layer = hidden.stride(2) == 1 ? hidden : torch::stable::contiguous(hidden);
+  const Tensor layer = laid_out(hidden, channels_last(values));
   const Tensor factors = weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
   const Tensor offsets = torch::stable::contiguous(bias);
-  const auto counts = checked_lengths(lengths, batch);
+  const auto counts = checked_lengths("lengths", lengths, batch);
   const auto empty = [&] {
     return torch::stable::new_empty(x, {batch, channels}, ScalarType::Float);
   };
@@ -53,6 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attentive_stats_pool_from_hidden(
                                         .hidden = layer.const_data_ptr(),
                                         .hidden_batch_stride = layer.stride(0),
                                         .hidden_unit_stride = layer.stride(1),
+                                        .hidden_frame_stride = layer.stride(2),
                                         .weight = factors.const_data_ptr(),
                                         .weight_stride = factors.stride(0),
                                         .bias = offsets.const_data_ptr(),

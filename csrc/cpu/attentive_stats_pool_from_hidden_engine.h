@@ -6,6 +6,8 @@
 
 namespace spkfast::cpu {
 
+const AttentiveStatsPoolFromHiddenKernel& attentive_stats_pool_from_hidden_kernel(Level level);
+
 // Fills all outputs of the batch.
 void run_attentive_stats_pool_from_hidden(const AttentiveStatsPoolFromHiddenBatch& batch,
                                           Level level, const ParallelFor& parallel_for);

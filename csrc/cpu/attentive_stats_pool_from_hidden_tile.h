@@ -4,21 +4,24 @@
 
 #include "attentive_stats_pool_from_hidden_kernel.h"
 #include "attentive_stats_pool_parts.h"
+#include "product_sums.h"
 
 namespace {
 
 using spkfast::cpu::AttentiveStatsPoolFromHiddenBatch;
 using spkfast::cpu::kHiddenPadding;
+using spkfast::cpu::Operand;
 
-// Sizes of a product: what is accumulated, two operands' vectors beside it, fits the registers.
-// Strips of channels with panels of frames, and strips of frames with panels of channels.
+// Sizes of a product where the lanes are frames: what is accumulated, two operands' vectors beside
+// it, fits the registers.
 constexpr int kChannelStrip = W == 16 ? 8 : 4, kFramePanel = 3;
-constexpr int kFrameStrip = 6, kChannelPanel = W == 16 ? 4 : 2;
-static_assert(kPoolChannels % kChannelStrip == 0 && kPoolChannels % (kChannelPanel * W) == 0);
-static_assert(kHiddenPadding % (kFramePanel * W) == 0 && kHiddenPadding % kFrameStrip == 0);
+static_assert(kPoolChannels % kChannelStrip == 0 && kPoolChannels == kPanel);
+static_assert(kHiddenPadding % (kFramePanel * W) == 0);
 // Frames between two merges, where the lanes are frames.
 constexpr int64_t kBlockFrames = 480;
-static_assert(kBlockFrames % (kFramePanel * W) == 0 && kTileFrames % kFrameStrip == 0);
+static_assert(kBlockFrames % (kFramePanel * W) == 0);
+// Rows of a tile that are made beyond its last frame.
+constexpr int64_t kTileRoom = (kTileFrames + kTileRows - 1) / kTileRows * kTileRows;
 
 // out[m * step + n] = sum over units of strip[unit * M + m] * panel[unit * width + n], n up to N
 // vectors.
@@ -64,14 +67,62 @@ struct Packed {
   }
 };
 
+// Words of a group of channels that has so many of them as rows, `stride` apart: steps of
+// kPoolChannels words. Those of channels that do not exist are 0.
+inline void pack_words(const float* rows, int64_t stride, int64_t channels, int64_t words,
+                       float* out) {
+  for (int64_t c = 0; c < kPoolChannels; c += W) {
+    for (int64_t word = 0; word < words; word += W) {
+      const int64_t count = smaller(W, words - word);
+      V block[W];
+      for (int64_t i = 0; i < W; ++i) {
+        const float* p = rows + (c + i) * stride + word;
+        block[i] = c + i >= channels ? V{} : count == W ? load(p) : load_first(p, count, V{});
+      }
+      transpose(block);
+      for (int64_t i = 0; i < count; ++i) store(out + (word + i) * kPoolChannels + c, block[i]);
+    }
+  }
+}
+
+template <typename T>
+void pack_panel(const AttentiveStatsPoolFromHiddenBatch& batch, int64_t first, int64_t count,
+                float* out) {
+  const T* weight = static_cast<const T*>(batch.weight) + first * batch.weight_stride;
+  const int64_t step = step_channels(batch.operand()),
+                steps = steps_of(batch.operand(), batch.units);
+  if (batch.reads_hidden() && batch.weight_stride % step == 0) {
+    pack_words(reinterpret_cast<const float*>(weight), batch.weight_stride / step, count, steps,
+               out);
+  } else {
+    clear(out, kPoolChannels * steps);
+    for (int64_t c = 0; c < count; ++c) {
+      const T* row = weight + c * batch.weight_stride;
+      if (batch.operand() == Operand::float32) {
+        for_values(row, batch.units,
+                   [&](int64_t unit, float value) { out[unit * kPoolChannels + c] = value; });
+      } else {
+        for (int64_t unit = 0; unit < batch.units; ++unit)
+          __builtin_memcpy(
+              reinterpret_cast<T*>(out + unit / step * kPoolChannels + c) + unit % step, row + unit,
+              sizeof(T));
+      }
+    }
+  }
+  float* bias = out + steps * kPoolChannels;
+  clear(bias, kPoolChannels);
+  for_values(static_cast<const T*>(batch.bias) + first, count,
+             [&](int64_t c, float value) { bias[c] = value; });
+}
+
 void pack_weight(const AttentiveStatsPoolFromHiddenBatch& batch, int64_t group, float* out) {
   const int64_t first = group * kPoolChannels;
-  const Packed packed = {out, batch.units + 1,
-                         batch.pool.channels_last ? kChannelPanel * W : kChannelStrip};
-  clear(out, kPoolChannels * packed.units);
+  const int64_t count = smaller(kPoolChannels, batch.pool.channels - first);
   by_element(batch.pool.element, [&](auto zero) __attribute__((always_inline)) {
     using T = decltype(zero);
-    const int64_t count = smaller(kPoolChannels, batch.pool.channels - first);
+    if (batch.pool.channels_last) return pack_panel<T>(batch, first, count, out);
+    const Packed packed = {out, batch.units + 1, kChannelStrip};
+    clear(out, kPoolChannels * packed.units);
     for (int64_t c = 0; c < count; ++c) {
       for_values(static_cast<const T*>(batch.weight) + (first + c) * batch.weight_stride,
                  batch.units, [&](int64_t unit, float value) { packed.at(unit, c) = value; });
@@ -83,18 +134,31 @@ void pack_weight(const AttentiveStatsPoolFromHiddenBatch& batch, int64_t group, 
 
 void pack_hidden(const AttentiveStatsPoolFromHiddenBatch& batch, int64_t row, float* out) {
   const int64_t length = batch.pool.length(row);
-  const Packed packed = {out, batch.units + 1,
-                         batch.pool.channels_last ? kFrameStrip : kFramePanel * W};
-  clear(out, (length + packed.width - 1) / packed.width * packed.width * packed.units);
   by_element(batch.pool.element, [&](auto zero) __attribute__((always_inline)) {
-    const auto* hidden =
-        static_cast<const decltype(zero)*>(batch.hidden) + row * batch.hidden_batch_stride;
+    using T = decltype(zero);
+    const T* hidden = static_cast<const T*>(batch.hidden) + row * batch.hidden_batch_stride;
+    if (batch.pool.channels_last) {
+      const int64_t steps = steps_of(batch.operand(), batch.units);
+      for (int64_t t = 0; t < length; ++t) {
+        const T* units = hidden + t * batch.hidden_frame_stride;
+        float* words = out + t * steps;
+        if (batch.operand() == Operand::float32) {
+          for_values(units, batch.units, [&](int64_t unit, float value) { words[unit] = value; });
+        } else {
+          words[steps - 1] = 0;
+          __builtin_memcpy(words, units, batch.units * sizeof(T));
+        }
+      }
+      return;
+    }
+    const Packed packed = {out, batch.units + 1, kFramePanel * W};
+    clear(out, (length + packed.width - 1) / packed.width * packed.width * packed.units);
     for (int64_t unit = 0; unit < batch.units; ++unit) {
       for_values(hidden + unit * batch.hidden_unit_stride, length,
                  [&](int64_t t, float value) { packed.at(unit, t) = value; });
     }
+    for (int64_t t = 0; t < length; ++t) packed.at(batch.units, t) = 1;
   });
-  for (int64_t t = 0; t < length; ++t) packed.at(batch.units, t) = 1;
 }
 
 // Logits of a strip of channels for `frames` frames, which start at a panel.
@@ -158,22 +222,50 @@ void from_hidden_frames(const AttentiveStatsPoolFromHiddenBatch& batch, int64_t 
   write_moments(batch.pool, row * batch.pool.channels + first, seen, count);
 }
 
+// Logits of frames [first, first + count) of the row that `hidden` describes, kPoolChannels apart.
+template <typename Dot>
+void panel_logits(const Product& hidden, const float* weight, int64_t first, int64_t count,
+                  float* out) {
+  const float* bias = weight + hidden.sources->steps * kPoolChannels;
+  for (int64_t c = 0; c < kPoolChannels; c += kTileColumns * W) {
+    for (int64_t i = 0; i < count; i += kTileRows) {
+      V sums[kTileRows * kTileColumns];
+      add_up<Dot, kTileRows, kTileColumns>(hidden, first + i, count - i,
+                                           reinterpret_cast<const char*>(weight + c), sums);
+      each<kTileColumns>([&](auto n) __attribute__((always_inline)) {
+        const V added = load(bias + c + n * W);
+        each<kTileRows>([&](auto r) __attribute__((always_inline)) {
+          store(out + (i + r) * kPoolChannels + c + n * W, sums[r * kTileColumns + n] + added);
+        });
+      });
+    }
+  }
+}
+
 template <typename T>
 void from_hidden_channels(const AttentiveStatsPoolFromHiddenBatch& batch, int64_t row,
-                          int64_t first, int64_t count, const float* weight, const float* hidden) {
-  constexpr int64_t kWidth = kChannelPanel * W;
-  alignas(64) float x[kTileFrames * kPoolChannels], logits[kTileFrames * kPoolChannels];
-  const int64_t length = batch.pool.length(row), units = batch.units + 1;
+                          int64_t first, int64_t count, const float* weight, const float* packed) {
+  alignas(64) float x[kTileFrames * kPoolChannels], logits[kTileRoom * kPoolChannels];
+  const int64_t length = batch.pool.length(row), steps = steps_of(batch.operand(), batch.units);
+  Source source = {reinterpret_cast<const char*>(packed), steps * kStepBytes, steps, 0};
+  if (batch.reads_hidden()) {
+    source.data = reinterpret_cast<const char*>(static_cast<const T*>(batch.hidden) +
+                                                row * batch.hidden_batch_stride);
+    source.stride = batch.hidden_frame_stride * static_cast<int64_t>(sizeof(T));
+  }
+  Product hidden = {};
+  hidden.sources = &source;
+  hidden.num_sources = 1;
+  hidden.frames = length;
   Moments seen[kTileVectors];
   for (int64_t t = 0; t < length; t += kTileFrames) {
     const int64_t frames = smaller(kTileFrames, length - t);
     for (int64_t i = 0; i < frames; ++i)
       copy_channels(at<T>(batch.pool.x, row, first, t + i), count, x + i * kPoolChannels);
-    for (int64_t c = 0; c < count; c += kWidth) {
-      for (int64_t i = 0; i < frames; i += kFrameStrip) {
-        product<kFrameStrip, kChannelPanel>(hidden + (t + i) * units, weight + c * units, kWidth,
-                                            units, logits + i * kPoolChannels + c, kPoolChannels);
-      }
+    if (batch.operand() == Operand::bfloat16) {
+      panel_logits<Bfloats>(hidden, weight, t, frames, logits);
+    } else {
+      panel_logits<Floats>(hidden, weight, t, frames, logits);
     }
     const auto ahead = [&](int64_t v, int64_t i) __attribute__((always_inline)) {
       __builtin_prefetch(at<T>(batch.pool.x, row, first + v * W, t + kTileFrames + i));

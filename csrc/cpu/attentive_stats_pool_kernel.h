@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace spkfast::cpu {
+#include "element.h"
 
-enum class Element { float32, bfloat16, float16 };
+namespace spkfast::cpu {
 
 // A (B, C, T) tensor; strides in elements, of which that of the frames or that of the channels
 // is 1.

@@ -19,8 +19,6 @@ constexpr int64_t kFrames = 512, kTileFrames = 48;
 constexpr int64_t kAhead = 2;
 constexpr int64_t kTileVectors = kPoolChannels / W;
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <typename T>
 [[gnu::always_inline]] inline T* at(const PoolTensor& tensor, int64_t row, int64_t channel,
                                     int64_t frame) {

@@ -8,17 +8,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
 
 #include "../attentive_stats_pool.h"
 #include "attentive_stats_pool_engine.h"
+#include "tensors.h"
 
 namespace spkfast::cpu {
-
-inline const ParallelFor kParallelFor = [](int64_t begin, int64_t end, int64_t grain,
-                                           const auto& body) {
-  torch::stable::parallel_for(begin, end, grain, body);
-};
 
 inline Element element_of(const char* name, const torch::stable::Tensor& tensor) {
   using torch::headeronly::ScalarType;
@@ -47,14 +42,6 @@ inline void use_huge_pages([[maybe_unused]] const torch::stable::Tensor& tensor)
   // Where there are none the memory stays as it is.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
-}
-
-inline std::optional<torch::stable::Tensor> checked_lengths(
-    const std::optional<torch::stable::Tensor>& lengths, int64_t batch) {
-  if (!lengths) return lengths;
-  check_dtype("lengths", *lengths, torch::headeronly::ScalarType::Long);
-  check_shape("lengths", *lengths, {batch});
-  return torch::stable::contiguous(*lengths);
 }
 
 }  // namespace spkfast::cpu

@@ -20,12 +20,12 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with autocast off: a definition in plain torch would otherwise be computed in bfloat16 in places."""
 
     @functools.wraps(function)
-    def wrapped(first: Tensor, *args: Any) -> Any:
-        device = first.device.type
+    def wrapped(first: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> Any:
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
         if not torch.amp.is_autocast_available(device):  # on meta tensors, say
-            return function(first, *args)
+            return function(first, *args, **options)
         with torch.autocast(device, enabled=False):
-            return function(first, *args)
+            return function(first, *args, **options)
 
     return wrapped
 
@@ -153,6 +153,32 @@ def register_with_backward(
     return implementations | {"native": native, "triton": getattr(torch.ops.spkfast, triton)}
 
 
+def register_inference(name: str, *, fake: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Registers an op without a gradient; returns its kernels by backend name.
+
+    The Triton module of the op has ``forward`` with the signature of the op.
+
+    Args:
+        name: Name of the op, ``spkfast::<name>``.
+        fake: Empty outputs of the right shapes.
+    """
+    if not _has_schema(name):  # the library that holds the schemas is missing, and no kernel runs
+        return {}
+    native, triton = getattr(torch.ops.spkfast, name), f"{name}_triton"
+    _define_like(native, triton, _in_triton_module(name, "forward"))
+    for op in (name, triton):
+        register_without_gradient(op, fake=fake)
+    return {"native": native, "triton": getattr(torch.ops.spkfast, triton)}
+
+
+def register_without_gradient(name: str, *, fake: Callable[..., Any]) -> None:
+    """Gives an op, where it exists, its empty outputs, and a message in place of a gradient."""
+    if _has_schema(name):
+        torch.library.register_fake(f"spkfast::{name}", fake)
+        shown = name.removesuffix("_triton")
+        torch.library.register_autograd(f"spkfast::{name}", functools.partial(_no_derivative, shown))
+
+
 def _define_like(op: Any, name: str, function: Callable[..., Any]) -> None:
     """Defines ``spkfast::<name>`` with the schema of another op."""
     schema = str(op.default._schema)
@@ -194,6 +220,10 @@ def _call_backward(
 
 def _has_schema(name: str) -> bool:
     return hasattr(torch.ops.spkfast, name)
+
+
+def _no_derivative(name: str, ctx: Any, *grads: Any) -> Any:
+    raise InputError(f"{name} is an inference form without a gradient: use backend='reference'")
 
 
 def _no_second_derivative(name: str, ctx: Any, *grads: Any) -> Any:

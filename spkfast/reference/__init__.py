@@ -4,5 +4,17 @@ from spkfast.reference.attentive_stats_pool import attentive_stats_pool
 from spkfast.reference.attentive_stats_pool_from_hidden import attentive_stats_pool_from_hidden
 from spkfast.reference.log_mel_fbank import log_mel_fbank
 from spkfast.reference.margin_softmax_loss import margin_softmax_loss
+from spkfast.reference.se_res2net_block import SERes2NetParams, se_res2net_block
+from spkfast.reference.tdnn_layer import Precision, TdnnParams, tdnn_layer
 
-__all__ = ["attentive_stats_pool", "attentive_stats_pool_from_hidden", "log_mel_fbank", "margin_softmax_loss"]
+__all__ = [
+    "Precision",
+    "SERes2NetParams",
+    "TdnnParams",
+    "attentive_stats_pool",
+    "attentive_stats_pool_from_hidden",
+    "log_mel_fbank",
+    "margin_softmax_loss",
+    "se_res2net_block",
+    "tdnn_layer",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -19,6 +20,9 @@ LEVELS = ("scalar", "avx2", "avx512", "avx512bf16")
 AVX512 = r"%zmm|%k[1-7]|%[xy]mm(1[6-9]|2[0-9]|3[01])"
 # The rest of the x86 baseline knows no wide register at all.
 WIDE = AVX512 + "|%ymm"
+# Instructions that the highest level adds: products of bfloat16 numbers and of bytes.
+DOTS = r"\bv(dpbf16ps|cvtne2?ps2?bf16|cvtneps2bf16|pdpbusd|pdpwssd)"
+UNIT = r"_(avx2|avx512|avx512bf16)\.cpp\.o$"
 
 # level() of a CPU that has what the variable FEATURES says.
 _MAIN = """
@@ -131,33 +135,83 @@ def objects() -> list[Path]:
     return found
 
 
-def instructions(path: Path, registers: str) -> list[str]:
-    """Instructions of an object that name one of these registers."""
-    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+@functools.cache
+def disassembly(path: Path) -> list[str]:
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(path)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "x86-64" not in text:
         pytest.skip("the objects are not of x86")
-    return [line for line in text.splitlines() if re.search(registers, line)]
+    return text.splitlines()
+
+
+def instructions(path: Path, pattern: str) -> list[str]:
+    """Instructions of an object that name one of these registers, or are of these names."""
+    # Not the names of functions, which may hold anything.
+    return [line for line in disassembly(path) if re.match(r"\s", line) and re.search(pattern, line.split("#")[0])]
 
 
 def test_no_instruction_above_the_level_of_its_unit() -> None:
-    wide = {"avx2": 0, "avx512": 0}
+    found = {"avx2": 0, "avx512": 0, "avx512bf16": 0}
     for path in objects():
-        unit = re.search(r"_(avx2|avx512)\.cpp\.o$", path.name)
+        unit = re.search(UNIT, path.name)
         if unit is None:
             assert instructions(path, WIDE) == [], path.name
             continue
         if unit[1] == "avx2":
             assert instructions(path, AVX512) == [], path.name
-        wide[unit[1]] += len(instructions(path, WIDE if unit[1] == "avx2" else AVX512))
+        if unit[1] != "avx512bf16":
+            assert instructions(path, DOTS) == [], path.name
+        found[unit[1]] += len(instructions(path, {"avx2": WIDE, "avx512": AVX512, "avx512bf16": DOTS}[unit[1]]))
     # Not because the search finds nothing anywhere.
-    assert all(count > 100 for count in wide.values()), wide
+    assert all(count > 100 for count in found.values()), found
+
+
+def inner_loops(path: Path) -> list[tuple[str, list[str]]]:
+    """Function and instructions of each loop without another jump inside."""
+    found, function, lines = [], "", list[tuple[int, str]]()
+    for text in disassembly(path):
+        if header := re.match(r"[0-9a-f]+ <(.*)>:$", text):
+            function, lines = header[1], []
+        elif match := re.match(r"\s+([0-9a-f]+):\s+(.*)$", text):
+            lines.append((int(match[1], 16), match[2]))
+            if jump := re.match(r"j\w+\s+([0-9a-f]+)\b", match[2]):
+                body = [line for address, line in lines if address >= int(jump[1], 16)]
+                if (
+                    int(jump[1], 16) >= lines[0][0]
+                    and body
+                    and not any(re.match(r"j|call", line) for line in body[:-1])
+                ):
+                    found.append((function, body))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("unit", "kinds", "products"),
+    [
+        ("avx2", "Floats", r"vfmadd\w+ps .*%ymm"),
+        ("avx512", "Floats", r"vfmadd\w+ps .*%zmm"),
+        ("avx512bf16", "Floats", r"vfmadd\w+ps .*%zmm"),
+        ("avx512bf16", "Bfloats", r"vdpbf16ps .*%zmm"),
+        ("avx512bf16", "Bytes", r"vpdpbusd .*%zmm"),
+    ],
+)
+def test_products_keep_their_sums_in_registers(unit: str, kinds: str, products: str) -> None:
+    paths = [path for path in objects() if path.name == f"product_{unit}.cpp.o"]
+    assert paths
+    for path in paths:
+        loops = [body for function, body in inner_loops(path) if re.search(rf"\b{kinds}\b", function)]
+        sums = [(sum(bool(re.match(products, line)) for line in body), body) for body in loops]
+        # The largest tile, beside others for what is left over.
+        assert max((count for count, _ in sums), default=0) >= 12, f"{path.name}: no loop of {kinds} was found"
+        for count, body in sums:
+            if count:
+                assert [line for line in body if re.search(r"%[re]?[sb]p\b", line)] == [], path.name
 
 
 def test_units_of_a_level_define_nothing_that_others_could_use() -> None:
     # The linker keeps one copy of a weak symbol for all, which may be one with instructions that this CPU lacks.
-    units = [path for path in objects() if re.search(r"_(scalar|avx2|avx512)\.cpp\.o$", path.name)]
-    assert len({path.name for path in units}) >= 3
+    units = [path for path in objects() if re.search(r"_(scalar|avx2|avx512|avx512bf16)\.cpp\.o$", path.name)]
+    assert {f"product_{level}.cpp.o" for level in LEVELS} <= {path.name for path in units}
     for path in units:
         symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
         assert re.findall(r"^.* [WVu] .*$", symbols, re.MULTILINE) == [], path.name

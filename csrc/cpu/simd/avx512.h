@@ -65,12 +65,16 @@ using I [[gnu::vector_size(W * 4)]] = int32_t;
   return _mm512_mask_cvtph_ps(rest, lanes, _mm256_maskz_loadu_epi16(lanes, p));
 }
 [[gnu::always_inline]] inline __m256i to_bfloats(V v) {
+#ifdef SPKFAST_AVX512_DOTS
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#else
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(
       _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+#endif
 }
 [[gnu::always_inline]] inline __m256i to_halves(V v) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

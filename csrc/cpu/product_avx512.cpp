@@ -1,0 +1,12 @@
+#include "simd/avx512.h"
+// The vectors come first.
+#include "product_tile.h"
+
+namespace spkfast::cpu {
+
+const ProductKernel& product_avx512() {
+  static constexpr ProductKernel kernel = {&run, &convert, &turn, &means, &gate};
+  return kernel;
+}
+
+}  // namespace spkfast::cpu

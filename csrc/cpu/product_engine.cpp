@@ -1,0 +1,261 @@
+#include "product_engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace spkfast::cpu {
+namespace {
+
+// Frames of a tile of the widest kernel, where pieces of an utterance begin.
+constexpr int64_t kPiece = 6;
+// Frames of a wave for each thread.
+constexpr int64_t kWaveFrames = 384;
+// Rows for each thread from which on a row is one thread's.
+constexpr int64_t kRowsPerThread = 4;
+const ParallelFor kSerial = [](int64_t begin, int64_t end, int64_t, const auto& body) {
+  if (begin < end) body(begin, end);
+};
+// Multiplications that are worth a second thread.
+constexpr int64_t kTaskWork = 1 << 18;
+
+uint16_t bfloat_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (std::isnan(value)) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace
+
+const ProductKernel& product_kernel(Level level) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (level >= Level::avx512bf16) return product_avx512bf16();
+  if (level == Level::avx512) return product_avx512();
+  if (level == Level::avx2) return product_avx2();
+#else
+  (void)level;
+#endif
+  return product_scalar();
+}
+
+int64_t Weight::steps() const {
+  int64_t steps = 0;
+  for (const int64_t part : parts) steps += steps_of(operand, part) * taps;
+  return steps;
+}
+
+void pack(const Weight& weight, const float* values, char* packed) {
+  std::memset(packed, 0, weight.packed_bytes());
+  const int64_t in_step = step_channels(weight.operand);
+  int64_t inputs = 0;
+  for (const int64_t part : weight.parts) inputs += part;
+  for (int64_t channel = 0; channel < weight.channels; ++channel) {
+    char* column = packed + channel / kPanel * kPanel * kStepBytes * weight.steps() +
+                   channel % kPanel * kStepBytes;
+    int64_t first = 0;
+    for (const int64_t part : weight.parts) {
+      for (int64_t tap = 0; tap < weight.taps; ++tap) {
+        for (int64_t i = 0; i < part; ++i) {
+          const float value = values[(channel * inputs + first + i) * weight.taps + tap];
+          char* word = column + i / in_step * kPanel * kStepBytes;
+          if (weight.operand == Operand::float32) {
+            std::memcpy(word, &value, sizeof(value));
+          } else if (weight.operand == Operand::bfloat16) {
+            const uint16_t bits = bfloat_bits(value);
+            std::memcpy(word + i % in_step * 2, &bits, sizeof(bits));
+          } else {
+            word[i % in_step] = static_cast<char>(static_cast<int8_t>(value));
+          }
+        }
+        column += steps_of(weight.operand, part) * kPanel * kStepBytes;
+      }
+      first += part;
+    }
+  }
+}
+
+void Buffer::Free::operator()(char* p) const { std::free(p); }
+
+char* Buffer::of(int64_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  size_ = -1;  // memory of this size each time, so that the sanitizer sees what goes beyond
+#endif
+  if (bytes > size_) {
+    constexpr int64_t kLine = 64;
+    size_ = (bytes + kLine - 1) / kLine * kLine;
+    memory_.reset();
+    memory_.reset(static_cast<char*>(std::aligned_alloc(kLine, size_)));
+    if (!memory_) {
+      size_ = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return memory_.get();
+}
+
+int64_t value_bytes(Element element) { return element == Element::float32 ? 4 : 2; }
+
+bool is_operand(Element element, Operand operand, int64_t channels) {
+  const bool same = (element == Element::float32 && operand == Operand::float32) ||
+                    (element == Element::bfloat16 && operand == Operand::bfloat16);
+  return same && channels % step_channels(operand) == 0;
+}
+
+void each_wave(const RealFrames& real, int64_t threads, const ParallelFor& parallel_for,
+               const std::function<void(int64_t, int64_t, const ParallelFor&)>& body) {
+  if (threads > 1 && real.batch >= kRowsPerThread * threads) {
+    // Batches are often sorted by length: threads take turns.
+    parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+      for (int64_t thread = from; thread < to; ++thread) {
+        for (int64_t row = thread; row < real.batch; row += threads) body(row, row + 1, kSerial);
+      }
+    });
+    return;
+  }
+  for (int64_t begin = 0; begin < real.batch;) {
+    int64_t end = begin, frames = 0;
+    while (end < real.batch && (end == begin || frames + real.of(end) <= threads * kWaveFrames))
+      frames += real.of(end++);
+    body(begin, end, parallel_for);
+    begin = end;
+  }
+}
+
+void each_frames(const RealFrames& real, int64_t begin, int64_t end, int64_t work,
+                 const ParallelFor& parallel_for,
+                 const std::function<void(int64_t, int64_t, int64_t)>& body) {
+  int64_t pieces = 0;
+  for (int64_t row = begin; row < end; ++row) pieces += (real.of(row) + kPiece - 1) / kPiece;
+  parallel_for(0, pieces, 1 + kTaskWork / (kPiece * work + 1), [&](int64_t from, int64_t to) {
+    for (int64_t row = begin; row < end && to > 0; ++row) {
+      const int64_t frames = real.of(row), here = (frames + kPiece - 1) / kPiece;
+      const int64_t first = std::max<int64_t>(from, 0) * kPiece;
+      const int64_t last = std::min(to * kPiece, frames);
+      if (first < last) body(row, first, last);
+      from -= here;
+      to -= here;
+    }
+  });
+}
+
+std::vector<Source> sources_of(const Layer& layer, const std::vector<Frames>& parts,
+                               int64_t dilation) {
+  std::vector<Source> sources;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    for (int64_t tap = 0; tap < layer.form.taps; ++tap) {
+      sources.push_back({parts[i].data, parts[i].stride,
+                         steps_of(layer.form.operand, layer.form.parts[i]),
+                         (tap - layer.form.taps / 2) * dilation});
+    }
+  }
+  return sources;
+}
+
+Product product_of(const Layer& layer, Element element, int64_t frames, bool reflect,
+                   const char* beyond) {
+  Product product = {};
+  product.operand = layer.form.operand;
+  product.frames = frames;
+  product.reflect = reflect;
+  product.beyond = beyond;
+  product.weight = layer.weight;
+  product.channels = layer.form.channels;
+  product.unit = layer.unit;
+  product.bias = layer.bias;
+  product.scale = layer.scale;
+  product.shift = layer.shift;
+  product.relu = layer.relu;
+  product.tanh = layer.tanh;
+  product.element = element;
+  return product;
+}
+
+void run_tdnn_layer(const TdnnLayer& call, const RealFrames& real, Level level, int64_t threads,
+                    const ParallelFor& parallel_for) {
+  thread_local struct {
+    Buffer operands, beyond, bias;
+  } memory;
+  const ProductKernel& kernel = product_kernel(level);
+  const Layer& layer = call.layer;
+  const Operand operand = layer.form.operand;
+  const int64_t channels = layer.form.channels, panels = panels_of(channels);
+  int64_t widest = 0, bytes = 0;  // of a frame's operands
+  bool converts = false;
+  for (const int64_t part : layer.form.parts) {
+    const int64_t size = steps_of(operand, part) * kStepBytes;
+    widest = std::max(widest, size);
+    bytes += size;
+    converts = converts || !is_operand(call.element, operand, part);
+  }
+  char* beyond = memory.beyond.of(widest);
+  std::memset(beyond, static_cast<int>(layer.quantiser.zero), widest);
+  const int64_t work = channels * layer.form.steps() * step_channels(operand);
+  each_wave(
+      real, threads, parallel_for,
+      [&](int64_t begin, int64_t end, const ParallelFor& parallel_for) {
+        const int64_t row_bytes = longest(real, begin, end) * bytes;
+        char* operands = converts ? memory.operands.of((end - begin) * row_bytes) : nullptr;
+        const auto parts_of = [&](int64_t row) {
+          std::vector<Frames> parts;
+          char* at = operands ? operands + (row - begin) * row_bytes : nullptr;
+          for (size_t i = 0; i < call.inputs.size(); ++i) {
+            parts.push_back(converts ? Frames{at, bytes} : call.inputs[i].row(row));
+            if (converts) at += steps_of(operand, layer.form.parts[i]) * kStepBytes;
+          }
+          return parts;
+        };
+        const auto convert = [&](int64_t row, int64_t first, int64_t last) {
+          const std::vector<Frames> parts = parts_of(row);
+          for (size_t i = 0; i < parts.size(); ++i)
+            kernel.convert(call.inputs[i].row(row), call.element, layer.form.parts[i], parts[i],
+                           operand, layer.quantiser, first, last);
+        };
+        // Threads share the frames, or the weights where these are the larger part of what is read.
+        int64_t frames = 0;
+        for (int64_t row = begin; row < end; ++row) frames += real.of(row);
+        const bool by_panels = panels >= threads && frames * bytes < layer.form.packed_bytes();
+        // Then, and of several taps, what one of them converts others read too.
+        const bool apart = converts && (by_panels || layer.form.taps > 1);
+        if (apart) each_frames(real, begin, end, bytes, parallel_for, convert);
+        float* bias = nullptr;
+        if (call.offset) {
+          bias = reinterpret_cast<float*>(memory.bias.of((end - begin) * channels * sizeof(float)));
+          for (int64_t row = begin; row < end; ++row) {
+            for (int64_t c = 0; c < channels; ++c)
+              bias[(row - begin) * channels + c] = layer.bias[c] + call.offset[row * channels + c];
+          }
+        }
+        const auto multiply = [&](int64_t row, int64_t first, int64_t last, int64_t from,
+                                  int64_t to) {
+          if (converts && !apart) convert(row, first, last);
+          const std::vector<Source> sources = sources_of(layer, parts_of(row), call.dilation);
+          Product product = product_of(layer, call.out_element, real.of(row), call.reflect, beyond);
+          product.sources = sources.data();
+          product.num_sources = static_cast<int64_t>(sources.size());
+          if (bias) product.bias = bias + (row - begin) * channels;
+          product.out = call.out.row(row);
+          kernel.run(product, first, last, from, to);
+        };
+        if (by_panels) {
+          const int64_t grain = 1 + kTaskWork / (kPanel * (work / channels) * frames + 1);
+          parallel_for(0, panels, grain, [&](int64_t from, int64_t to) {
+            for (int64_t row = begin; row < end; ++row) multiply(row, 0, real.of(row), from, to);
+          });
+        } else {
+          each_frames(real, begin, end, work, parallel_for,
+                      [&](int64_t row, int64_t first, int64_t last) {
+                        multiply(row, first, last, 0, panels);
+                      });
+        }
+      });
+  const int64_t frame_bytes = channels * value_bytes(call.out_element);
+  for (int64_t row = 0; row < real.batch; ++row) {
+    for (int64_t t = real.of(row); t < real.frames; ++t)
+      std::memset(call.out.row(row).data + t * call.out.frame_stride, 0, frame_bytes);
+  }
+}
+
+}  // namespace spkfast::cpu

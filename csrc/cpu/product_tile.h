@@ -1,0 +1,250 @@
+// The products over vectors of one instruction set, whose header the including unit names before.
+#pragma once
+
+#include "product_sums.h"
+
+namespace {
+
+using spkfast::cpu::Element;
+using spkfast::cpu::Frames;
+using spkfast::cpu::Operand;
+using spkfast::cpu::Quantiser;
+using spkfast::cpu::steps_of;
+
+// Bytes of operands that stay in the second cache while all panels pass.
+constexpr int64_t kBlockBytes = 384 << 10;
+
+[[gnu::always_inline]] inline V magnitude(V v) {
+  return bits_of<V>(bits_of<Words>(v) & 0x7fffffff);
+}
+[[gnu::always_inline]] inline V hyperbolic_tangent(V v) {
+  const V e = exponential(magnitude(v) * -2.0F);
+  const V size = (1.0F - e) / (1.0F + e);
+  return bits_of<V>(bits_of<Words>(size) | (bits_of<Words>(v) & 0x80000000));
+}
+[[gnu::always_inline]] inline V sigmoid(V v) {
+  const V e = exponential(-magnitude(v));
+  return (v < 0.0F ? e : all(1.0F)) / (1.0F + e);
+}
+
+// Values as operands: W of them from `channel` on.
+template <typename Width>
+[[gnu::always_inline]] inline void put(char* to, int64_t channel, V v, Operand operand,
+                                       Quantiser quantiser, Width width) {
+  if (operand == Operand::float32) {
+    width.write(reinterpret_cast<float*>(to) + channel, v);
+  } else if (operand == Operand::bfloat16) {
+    width.write(reinterpret_cast<BFloat16*>(to) + channel, v);
+  } else {
+    V scaled = nearest_whole(v * quantiser.inverse_scale) + quantiser.zero;
+    scaled = larger(scaled, V{});
+    scaled = scaled > 255.0F ? all(255.0F) : scaled;
+    const I whole = __builtin_convertvector(scaled, I);
+    using Small [[gnu::vector_size(W)]] = uint8_t;
+    const Small bytes = __builtin_convertvector(whole, Small);
+    __builtin_memcpy(to + channel, &bytes, width.count());
+  }
+}
+
+template <typename F>
+[[gnu::always_inline]] inline void by_activation(Element element, F&& f) {
+  if (element == Element::float32) return f(float{});
+  f(BFloat16{});
+}
+
+// What follows the sums of a frame's channels from `channel` on.
+template <typename Dot, typename T, typename Width>
+[[gnu::always_inline]] inline void finish(const Product& product, int64_t frame, int64_t channel,
+                                          V sum, Width width) {
+  V v = Dot::number(sum);
+  if (product.unit) v = v * width.read(product.unit + channel, V{});
+  v = v + width.read(product.bias + channel, V{});
+  if (product.relu) v = larger(V{}, v);  // NaN stays
+  if (product.scale)
+    v = madd(v, width.read(product.scale + channel, V{}), width.read(product.shift + channel, V{}));
+  if (product.tanh) v = hyperbolic_tangent(v);
+  width.write(reinterpret_cast<T*>(product.out.data + frame * product.out.stride) + channel, v);
+  if (product.sum.data == nullptr) return;
+  v = v + width.read(
+              reinterpret_cast<const T*>(product.next.data + frame * product.next.stride) + channel,
+              V{});
+  put(product.sum.data + frame * product.sum.stride, channel, v, product.operand, product.quantiser,
+      width);
+}
+
+template <typename Dot, typename T, int R, int N>
+[[gnu::noinline]] void tile(const Product& product, int64_t frame, int64_t count, int64_t channel,
+                            const char* weight) {
+  V sums[R * N];
+  add_up<Dot, R, N>(product, frame, count, weight, sums);
+  each<N>([&](auto n) __attribute__((always_inline)) {
+    const int64_t first = channel + n * W, left = product.channels - first;
+    if (left <= 0) return;
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      if (r >= count) return;
+      if (left >= W) {
+        finish<Dot, T>(product, frame + r, first, sums[r * N + n], Whole{});
+      } else {
+        finish<Dot, T>(product, frame + r, first, sums[r * N + n], Part{left});
+      }
+    });
+  });
+}
+
+// Asks for a part of the weights that come next, so that they are in the second cache when they are
+// needed: they would otherwise arrive, from the third one or from memory, more slowly than they are
+// multiplied.
+struct Ahead {
+  const char* next;
+  int64_t left, step;  // bytes, and how many of them in each tile
+  [[gnu::always_inline]] void fetch() {
+    constexpr int64_t kLine = 64;
+    const char* end = next + smaller(step, left);
+    left -= smaller(step, left);
+    for (; next < end; next += kLine) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+template <typename Dot, typename T>
+void run_panel(const Product& product, int64_t first, int64_t last, int64_t panel,
+               const char* weight, Ahead ahead) {
+  const int64_t end = smaller(product.channels, (panel + 1) * kPanel);
+  for (int64_t channel = panel * kPanel; channel < end; channel += kTileColumns * W) {
+    const char* columns = weight + (channel - panel * kPanel) * kStepBytes;
+    const bool narrow = end - channel <= W;
+    for (int64_t frame = first; frame < last; frame += kTileRows) {
+      const int64_t count = smaller(kTileRows, last - frame);
+      ahead.fetch();
+      if (narrow) {
+        tile<Dot, T, kTileRows, 1>(product, frame, count, channel, columns);
+      } else if (count == 1) {
+        tile<Dot, T, 1, kTileColumns>(product, frame, count, channel, columns);
+      } else {
+        tile<Dot, T, kTileRows, kTileColumns>(product, frame, count, channel, columns);
+      }
+    }
+  }
+}
+
+template <typename Dot, typename T>
+void run_as(const Product& product, int64_t first, int64_t last, int64_t first_panel,
+            int64_t last_panel) {
+  int64_t steps = 0;
+  for (int64_t s = 0; s < product.num_sources; ++s) steps += product.sources[s].steps;
+  const int64_t tiles = kBlockBytes / (kTileRows * steps * kStepBytes + 1);
+  const int64_t block = kTileRows * (tiles > 1 ? tiles : 1),
+                panel_bytes = steps * kPanel * kStepBytes;
+  for (int64_t from = first; from < last; from += block) {
+    const int64_t to = smaller(last, from + block);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const char* weight = product.weight + panel * panel_bytes;
+      const int64_t tiles = (to - from + kTileRows - 1) / kTileRows;
+      const int64_t next = panel + 1 < last_panel ? panel_bytes : 0;
+      run_panel<Dot, T>(product, from, to, panel, weight,
+                        {weight + panel_bytes, next, (panel_bytes / tiles + 63) / 64 * 64});
+    }
+  }
+}
+
+void run(const Product& product, int64_t first, int64_t last, int64_t first_panel,
+         int64_t last_panel) {
+  by_activation(product.element, [&](auto zero) {
+    using T = decltype(zero);
+    const auto as = product.operand == Operand::float32    ? &run_as<Floats, T>
+                    : product.operand == Operand::bfloat16 ? &run_as<Bfloats, T>
+                                                           : &run_as<Bytes, T>;
+    as(product, first, last, first_panel, last_panel);
+  });
+}
+
+void convert(const Frames& from, Element element, int64_t channels, const Frames& to,
+             Operand operand, Quantiser quantiser, int64_t first, int64_t last) {
+  const int64_t bytes = steps_of(operand, channels) * kStepBytes;
+  const int64_t used = channels * (operand == Operand::float32    ? 4
+                                   : operand == Operand::bfloat16 ? 2
+                                                                  : 1);
+  by_activation(element, [&](auto zero) {
+    for (int64_t t = first; t < last; ++t) {
+      const auto* values = reinterpret_cast<const decltype(zero)*>(from.data + t * from.stride);
+      char* out = to.data + t * to.stride;
+      extent_of(channels).each([&](int64_t i, auto width) __attribute__((always_inline)) {
+        put(out, i * W, width.read(values + i * W, V{}), operand, quantiser, width);
+      });
+      __builtin_memset(out + used, 0, bytes - used);
+    }
+  });
+}
+
+void turn(const char* from, int64_t stride, Element element, int64_t frames, const Frames& to,
+          int64_t first, int64_t last) {
+  by_activation(element, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t channel = first; channel < last; channel += W) {
+      const int64_t channels = smaller(W, last - channel);
+      for (int64_t t = 0; t < frames; t += W) {
+        const int64_t count = smaller(W, frames - t);
+        V block[W];
+        for (int64_t i = 0; i < W; ++i) {
+          const T* p =
+              reinterpret_cast<const T*>(from + (channel + smaller(i, channels - 1)) * stride) + t;
+          block[i] = count == W ? load(p) : load_first(p, count, V{});
+        }
+        transpose(block);
+        for (int64_t i = 0; i < count; ++i) {
+          T* p = reinterpret_cast<T*>(to.data + (t + i) * to.stride) + channel;
+          if (channels == W) {
+            store(p, block[i]);
+          } else {
+            store_first(p, channels, block[i]);
+          }
+        }
+      }
+    }
+  });
+}
+
+void means(const Frames& from, Element element, int64_t frames, float* out, int64_t first,
+           int64_t last) {
+  constexpr int kSums = 4;
+  by_activation(element, [&](auto zero) {
+    using T = decltype(zero);
+    const V share = all(frames ? 1.0F / static_cast<float>(frames) : 0.0F);
+    const auto at = [&](int64_t t, int64_t channel) {
+      return reinterpret_cast<const T*>(from.data + t * from.stride) + channel;
+    };
+    int64_t channel = first;
+    for (; channel + kSums * W <= last; channel += kSums * W) {
+      V sums[kSums] = {};
+      for (int64_t t = 0; t < frames; ++t) {
+        each<kSums>([&](auto n) __attribute__((always_inline)) {
+          sums[n] = sums[n] + load(at(t, channel + n * W));
+        });
+      }
+      each<kSums>([&](auto n) __attribute__((always_inline)) {
+        store(out + channel + n * W, sums[n] * share);
+      });
+    }
+    extent_of(last - channel).each([&](int64_t i, auto width) __attribute__((always_inline)) {
+      V sum = {};
+      for (int64_t t = 0; t < frames; ++t) sum = sum + width.read(at(t, channel + i * W), V{});
+      width.write(out + channel + i * W, sum * share);
+    });
+  });
+}
+
+void gate(const Frames& out, const Frames& rest, Element element, int64_t channels,
+          const float* gates, int64_t first, int64_t last) {
+  by_activation(element, [&](auto zero) {
+    using T = decltype(zero);
+    extent_of(channels).each([&](int64_t i, auto width) __attribute__((always_inline)) {
+      const V factor = sigmoid(width.read(gates + i * W, V{}));
+      for (int64_t t = first; t < last; ++t) {
+        T* p = reinterpret_cast<T*>(out.data + t * out.stride) + i * W;
+        const T* q = reinterpret_cast<const T*>(rest.data + t * rest.stride) + i * W;
+        width.write(p, madd(width.read(p, V{}), factor, width.read(q, V{})));
+      }
+    });
+  });
+}
+
+}  // namespace

@@ -44,8 +44,32 @@ _POOL_TYPES = {
     "lengths": "*i64",
 }
 
+# Products: bfloat16, a layer of one tap, unless a form says otherwise.
+_PRODUCT_HALF: dict[str, Any] = dict.fromkeys(
+    ("x_0", "x_1", "x_2", "weight", "out", "hidden", "weights", "chained", "scratch"), "*bf16"
+)
+_PRODUCT_HALF |= dict.fromkeys(("y", "rest"), "*bf16")
+_PRODUCT_TYPES: dict[str, Any] = {
+    **_PRODUCT_HALF,
+    **dict.fromkeys(("vectors", "offset", "sums", "squeeze", "squeeze_vectors", "excite", "excite_vectors"), "*fp32"),
+    **dict.fromkeys(("squeezed", "gates"), "*fp32"),
+    **dict.fromkeys(("lengths", "counted"), "*i64"),
+}
+_PRODUCT: dict[str, Any] = {
+    **dict.fromkeys(("REFLECT", "TANH", "OFFSET", "RAGGED", "SUMS", "COUNTED", "FIRST"), False),
+    **{"PARTS": 1, "POINT": True, "RELU": True, "AFFINE": True, "UNIT": 8, "WEIGHT_UNIT": 8},
+}
+_EVERYTHING: dict[str, Any] = dict.fromkeys(("REFLECT", "TANH", "OFFSET", "RAGGED", "COUNTED", "FIRST"), True)
+_EVERYTHING |= {"PARTS": 3, "POINT": False}
+_FP32: dict[str, Any] = dict.fromkeys(_PRODUCT_HALF, "*fp32") | dict.fromkeys(("UNIT", "WEIGHT_UNIT"), 4)
+_FP32 |= dict.fromkeys(("_product_kernel", "_chain_kernel"), "FP32_TILE")
+_MIXED: dict[str, Any] = dict.fromkeys(("x_0", "x_1", "x_2", "hidden", "chained"), "*fp32") | {"UNIT": 4}
+_UNALIGNED: dict[str, Any] = dict.fromkeys(("UNIT", "WEIGHT_UNIT"), 1)
+_UNALIGNED |= dict.fromkeys(("_product_kernel", "_chain_kernel"), "UNALIGNED_TILE")
+
 # By op: types of its kernels' arguments (integers where not named), those that are multiples of 16 at every launch, by
-# kernel the name of its tile, and the settings to compile each kernel with: constants, types that differ, another TILE.
+# kernel the name of its tile, and the settings to compile each kernel with: constants, types that differ, another TILE
+# for all kernels, or for one under its name. "wgmma": kernels whose products run on the tensor cores of sm_90.
 _OPS: dict[str, dict[str, Any]] = {
     "attentive_stats_pool": {
         "types": _POOL_TYPES,
@@ -75,6 +99,51 @@ _OPS: dict[str, dict[str, Any]] = {
             for form in ({}, {"LAST": True}, {"UNIT": 1}, _HALF, _HALF | {"LAST": True}, _HALF | {"UNIT": 1})
         ],
     },
+    "tdnn_layer": {
+        "types": _PRODUCT_TYPES,
+        "aligned": [],
+        "kernels": {"_product_kernel": "_TILE"},
+        "wgmma": ["_product_kernel"],
+        "settings": [
+            _PRODUCT | form
+            for form in (
+                {},
+                {"_product_kernel": "_SMALL_TILE"},
+                {"RAGGED": True, "SUMS": True, "COUNTED": True},
+                {"PARTS": 3, "RAGGED": True},
+                _EVERYTHING | _MIXED | {"_product_kernel": "_MIXED_TILE"},
+                _EVERYTHING | _MIXED | {"_product_kernel": "_SMALL_TILE"},
+                _EVERYTHING,
+                _EVERYTHING | _FP32,
+                _FP32 | {"RAGGED": True, "SUMS": True, "COUNTED": True},
+                _EVERYTHING | _UNALIGNED,
+                _EVERYTHING | _FP32 | _UNALIGNED,
+            )
+        ],
+    },
+    "se_res2net_block": {
+        "types": _PRODUCT_TYPES,
+        "aligned": [],
+        "kernels": {
+            "_chain_kernel": "_CHAIN_TILE",
+            "_gates_kernel": "_GATES_TILE",
+            "_residual_kernel": "_RESIDUAL_TILE",
+        },
+        "wgmma": ["_chain_kernel"],
+        "settings": [
+            _PRODUCT | form
+            for form in (
+                {},
+                _EVERYTHING,
+                _EVERYTHING | {"_chain_kernel": "_CHAIN_64_TILE"},
+                _MIXED,
+                _MIXED | {"_chain_kernel": "_CHAIN_64_TILE"},
+                _EVERYTHING | _FP32,
+                _EVERYTHING | _UNALIGNED,
+                _EVERYTHING | _FP32 | _UNALIGNED,
+            )
+        ],
+    },
     "log_mel_fbank": {
         "types": {
             **dict.fromkeys(("waveforms", "signal", "window", "cosine", "sine", "mel", "power", "cosines"), "*fp32"),
@@ -100,7 +169,7 @@ _OPS: dict[str, dict[str, Any]] = {
 
 # Runs apart from pytest: kernels that were interpreted in a process cannot be compiled in it.
 _COMPILE = r"""
-import importlib.util, json, re, subprocess, sys, tempfile
+import importlib, json, re, subprocess, sys, tempfile
 from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
@@ -108,29 +177,31 @@ from triton.compiler import ASTSource
 
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 path, op, targets = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-spec = importlib.util.spec_from_file_location("kernels", path)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+sys.path.insert(0, str(Path(path).parents[2]))
+module = importlib.import_module(f"kernels.triton.{Path(path).stem}")
 out = {"kernels": sorted(name for name in vars(module) if name.endswith("_kernel")), "usage": []}
 for name, tile in op["kernels"].items():
     kernel = getattr(module, name)
-    known = ("TILE", *kernel.arg_names)
+    known = ("TILE", name, *kernel.arg_names)
     settings = [{k: v for k, v in chosen.items() if k in known} for chosen in op["settings"]]
     aligned = {(kernel.arg_names.index(k),): [["tt.divisibility", 16]] for k in op["aligned"] if k in kernel.arg_names}
     for number, target in [(n, t) for n, chosen in enumerate(settings) if chosen not in settings[:n] for t in targets]:
         chosen = {"TILE": tile} | settings[number]
-        constants = {k: v for k, v in chosen.items() if not isinstance(v, str)} | getattr(module, chosen["TILE"])
+        block = getattr(module, chosen.get(name, chosen["TILE"]))
+        options = module._OPTIONS | {k: v for k, v in block.items() if k not in kernel.arg_names}
+        constants = {k: v for k, v in (chosen | block).items() if k in kernel.arg_names and not isinstance(v, str)}
         types = op["types"] | chosen
         signature = {k: "constexpr" if k in constants else types.get(k, "i32") for k in kernel.arg_names}
         values = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=module._OPTIONS)
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
             dump = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
         usage = {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump.stdout + dump.stderr)}
         usage |= {"kernel": name, "settings": number, "target": target, "shared": compiled.metadata.shared}
+        usage["wgmma"] = "wgmma.mma_async" in compiled.asm["ptx"]
         out["usage"].append(usage)
 print(json.dumps(out))
 """
@@ -150,4 +221,6 @@ def test_compiles_without_spills(path: Path) -> None:
     for usage in found["usage"]:
         assert usage["reg"] > 0
         assert usage["stack"] == usage["local"] == 0, f"registers are spilled: {usage}"
+        if usage["kernel"] in _OPS[path.stem].get("wgmma", []) and usage["target"] == 90:
+            assert usage["wgmma"], f"a product without wgmma: {usage}"
         assert usage["shared"] <= 99 * 1024, f"more shared memory than every target has: {usage}"

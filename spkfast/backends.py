@@ -25,8 +25,11 @@ Backend = Literal["auto", "reference", "native", "triton"]
 
 _BACKENDS = ("reference", "native", "triton")
 _ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}  # what "auto" tries
-# Its product runs on tensor cores in Triton, and in C++ does not.
-_OWN_ORDER = {("attentive_stats_pool_from_hidden", "cuda"): ("triton", "native", "reference")}
+# Their products run on tensor cores in Triton, and in C++ do not.
+_OWN_ORDER = {
+    (op, "cuda"): ("triton", "native", "reference")
+    for op in ("attentive_stats_pool_from_hidden", "se_res2net_block", "tdnn_layer")
+}
 _PACKAGE = Path(__file__).parent
 _REBUILD = 'build it with: pip install --no-build-isolation -e "."'
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpu_check
 
-OPS = ("attentive_stats_pool", "attentive_stats_pool_from_hidden")
+OPS = ("attentive_stats_pool", "attentive_stats_pool_from_hidden", "se_res2net_block", "tdnn_layer")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -41,6 +41,13 @@ REGISTERS = {
         "log_mel_fbank_norm_kernel": 65536 // (2 * 512),
         "log_mel_fbank_waveform_kernel": 65536 // 1024,
     },
+    "se_res2net_block": {
+        **{f"se_res2net_block_chain_kernelI{dtype}E": 65536 // (2 * 256) for dtype in _TYPES},
+        **{f"se_res2net_block_sum_kernelI{dtype}E": 65536 // (4 * 256) for dtype in _TYPES},
+        "se_res2net_block_means_kernel": 65536 // (8 * 256),
+        "se_res2net_block_gates_kernel": 65536 // 1024,
+    },
+    "tdnn_layer": {f"tdnn_layer_kernelI{dtype}E": 65536 // (6 * 128) for dtype in _TYPES},
 }
 _KERNEL = re.compile(
     r"Compiling entry function '(\S+)' for '(\S+)'.*?"

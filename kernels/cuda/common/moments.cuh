@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "lengths.cuh"
 #include "reduce.cuh"
 
 namespace spkfast {
@@ -104,13 +105,6 @@ __device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
   const float shift = b.mean - a.mean;
   return {highest, total, fmaf(shift, part, a.mean),
           fmaf(a.squares, scale_a, b.squares * scale_b) + shift * part * weight_a * shift};
-}
-
-// Real frames of a row, within the row whatever `lengths` holds.
-__device__ __forceinline__ int clamped_length(const int64_t* lengths, int64_t row, int64_t frames) {
-  if (!lengths) return static_cast<int>(frames);
-  const int64_t length = lengths[row];
-  return static_cast<int>(length < 0 ? 0 : length < frames ? length : frames);
 }
 
 // Where the moments of a pooled channel go.

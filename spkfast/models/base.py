@@ -71,4 +71,8 @@ class SpeakerModel(nn.Module):
             raise InputError("features must have at least one frame, got T = 0")
         check_lengths(lengths, features.transpose(1, 2))
         frames, lengths = self.encoder(features, lengths)
-        return self.projector(self.pooling(frames, lengths))
+        pooled = self.pooling(frames, lengths)
+        if not torch.is_autocast_enabled(pooled.device.type):
+            # At a precision of its own the network pools in float32.
+            pooled = pooled.to(next((p.dtype for p in self.projector.parameters()), own))
+        return self.projector(pooled)

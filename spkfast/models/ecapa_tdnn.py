@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from spkfast.errors import InputError, nearest
@@ -145,7 +144,7 @@ class EcapaEncoder(nn.Module):
             elif outputs:
                 x = outputs[-1]
             outputs.append(self.get_submodule(f"blk{i}")(x, excited, padding=padding))
-        return self.mfa(torch.cat(outputs, dim=1), padding), lengths
+        return self.mfa(outputs, padding), lengths
 
 
 class EcapaTdnn(SpeakerModel):

@@ -2,6 +2,7 @@
 
 from spkfast.nn import poolings, projectors
 from spkfast.nn.fbank import Fbank
+from spkfast.nn.inference import calibrate, input_ranges, set_input_ranges, set_precision
 from spkfast.nn.margin_softmax import MarginSoftmaxLoss
 from spkfast.nn.pooling import AttentiveStatsPool
 from spkfast.nn.se_res2net import SERes2NetBlock
@@ -13,6 +14,10 @@ __all__ = [
     "MarginSoftmaxLoss",
     "SERes2NetBlock",
     "SpecAugment",
+    "calibrate",
+    "input_ranges",
     "poolings",
     "projectors",
+    "set_input_ranges",
+    "set_precision",
 ]

@@ -11,7 +11,12 @@ from torch.nn import functional as F
 
 from spkfast.errors import InputError
 from spkfast.functional import weighted_moments, weighted_moments_from_hidden
+from spkfast.nn.inference import InferenceLayer, has_inference_form, inference_params
+from spkfast.ops._attentive_pooling import PackedAttention, attentive_moments, fits
 from spkfast.ops.attentive_stats_pool import Moments, check_frames, check_lengths
+from spkfast.ops.tdnn_layer import pack_tdnn_layer, run_packed_layer
+from spkfast.reference import TdnnParams
+from spkfast.reference.tdnn_layer import HALF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +47,18 @@ class Deviation:
             var: Shape (B, C).
             frames: Frames per row, shape (B, 1) or (1, 1), for ``unbiased``; None where the frames had weights.
         """
-        info = torch.finfo(var.dtype)
         if self.unbiased and frames is not None:
             var = var * (frames / (frames - 1).clamp_min(1))
         if self.add:
             var = var + self.add
-        low = info.eps if self.low is None else max(self.low, info.tiny)
-        std = var.clamp(low, self.high).sqrt()
+        std = var.clamp(*self.limits(var.dtype)).sqrt()
         return std + self.offset if self.offset else std
+
+    def limits(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Bounds of the variance in this type."""
+        info = torch.finfo(dtype)
+        low = info.eps if self.low is None else max(self.low, info.tiny)
+        return low, torch.inf if self.high is None else self.high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +83,7 @@ class AttentionForm:
 ASTP = AttentionForm(Deviation(low=1e-7), Deviation(unbiased=True, add=1e-7), tanh=True)
 
 
-class Pooling(nn.Module):
+class Pooling(InferenceLayer):
     """What all poolings share: shapes, the flattening of maps, and types.
 
     A row of a padded batch gives what the same utterance gives alone, and what its padding holds never counts, not even
@@ -101,7 +110,8 @@ class Pooling(nn.Module):
             lengths: Real frames per row, int64, 0 to T, shape (B,); None where all T are.
 
         Returns:
-            Shape (B, ``output_size``), in the type of ``x``; under autocast in float32.
+            Shape (B, ``output_size``), in the type of ``x``; under autocast and at a precision other than ``fp32`` in
+            float32.
 
         Raises:
             InputError: If shapes or types are wrong, or (on a CPU) a length lies outside 0..T.
@@ -115,8 +125,15 @@ class Pooling(nn.Module):
         check_frames("x", frames)
         check_lengths(lengths, frames)
         pooled = self.pool(frames, lengths)
-        # Under autocast what follows is computed in the type that it chooses.
-        return pooled if torch.is_autocast_enabled(x.device.type) else pooled.to(x.dtype)
+        # Under autocast what follows is computed in the type that it chooses; and what comes before at a precision of
+        # its own is of no type that the rest has.
+        if self.precision != "fp32" or torch.is_autocast_enabled(x.device.type):
+            return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+        return pooled.to(x.dtype)
+
+    def obstacle(self) -> str | None:
+        """None where a pooling has no kernels of its own: it takes frames of any type."""
+        return None
 
     def pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """(B, C, T) to (B, ``output_size``), in any type."""
@@ -200,7 +217,21 @@ class AttentiveStatsPool(Pooling):
         self.bn = nn.BatchNorm1d(bottleneck) if form.bn else None
         self.fc2 = nn.Conv1d(bottleneck, 1 if shared_weights else channels, 1)
 
+    def obstacle(self) -> str | None:
+        """Why its kernels never run."""
+        if self.shared_weights:
+            return "one weight per frame for all channels"
+        if not has_inference_form(self.bn):
+            return "batch norm without running statistics"
+        return InferenceLayer.obstacle(self)
+
     def pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        known = not self.shared_weights and has_inference_form(self.bn)
+        tensors = self.weights_for_kernels(x) if known else None
+        if tensors is not None:
+            return self._pool_by_kernels(x, lengths, tensors)
+        if self.precision != "fp32":
+            x = x.to(self.fc1.weight.dtype)
         if self.bn is None or not self.training:
             x = _without_padding(x, lengths)
         weight, bias = self.fc1.weight, self.fc1.bias
@@ -226,6 +257,46 @@ class AttentiveStatsPool(Pooling):
             weight, bias = self.fc2.weight.to(hidden.dtype), self.fc2.bias.to(hidden.dtype)
             moments = weighted_moments_from_hidden(x, hidden, weight, bias, lengths)
         return _mean_and_std(moments, self.form.deviation if self.with_std else None)
+
+    def _pool_by_kernels(self, x: Tensor, lengths: Tensor | None, tensors: list[Tensor]) -> Tensor:
+        precision = self.products_at(x)
+        # The attention is small and its weights span a wide range: bytes are too coarse.
+        precision = "bf16" if precision == "int8" else precision
+        kind = HALF.get(precision, torch.float32)
+
+        def pack() -> PackedAttention:
+            params = inference_params(self.fc1, self.bn)
+            own, rest = params.weight.split([self.channels, params.weight.shape[1] - self.channels], dim=1)
+            context = None
+            if self.global_context:
+                context = pack_tdnn_layer(TdnnParams(rest, params.bias), [self.channels, self.channels])
+                params = params._replace(bias=None)
+            hidden = pack_tdnn_layer(params._replace(weight=own), precision=precision)
+            assert self.fc2.bias is not None
+            weight, bias = self.fc2.weight[..., 0].detach().to(kind), self.fc2.bias.detach().to(kind)
+            return PackedAttention(hidden, context, weight.contiguous(), bias)
+
+        attention = self.kept.of(tensors, precision, pack)
+        x, form = x.to(kind), self.form
+        if x.device.type == "cpu" and fits(x, attention):
+            low, high = form.context.limits(torch.float32)
+            moments = Moments(
+                *attentive_moments(
+                    x, attention, lengths,
+                    relu=form.relu, tanh=form.tanh, unbiased=form.context.unbiased, add=form.context.add,
+                    low=low, high=high, offset=form.context.offset,
+                )
+            )  # fmt: skip
+        else:
+            offset = None
+            if attention.context is not None:
+                mean, var = weighted_moments(x, None, lengths)
+                std = form.context.of(var, _num_frames(var, x, lengths))
+                statistics = [mean[..., None], std[..., None]]
+                offset = run_packed_layer(statistics, attention.context, None, relu=False)[..., 0]
+            hidden = run_packed_layer([x], attention.hidden, lengths, offset=offset, relu=form.relu, tanh=form.tanh)
+            moments = weighted_moments_from_hidden(x, hidden, attention.weight, attention.bias, lengths)
+        return _mean_and_std(moments, form.deviation if self.with_std else None)
 
 
 class FrameAttentivePool(Pooling):

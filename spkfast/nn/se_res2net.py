@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from torch.nn import functional as F
 
 from spkfast.errors import InputError
 from spkfast.functional import weighted_moments
+from spkfast.nn.inference import InferenceLayer, has_inference_form, inference_params
+from spkfast.ops.se_res2net_block import BlockForm, pack_block, run_packed_block
+from spkfast.ops.tdnn_layer import pack_tdnn_layer, run_packed_layer
+from spkfast.reference import SERes2NetParams
 
 PaddingMode = Literal["zeros", "reflect"]
 Identity = Literal["first", "last"]
@@ -36,7 +41,7 @@ def real_frames(lengths: Tensor | None, frames: int, dtype: torch.dtype) -> Fram
     return Frames(lengths, mask[:, None].to(dtype))
 
 
-class TdnnLayer(nn.Module):
+class TdnnLayer(InferenceLayer):
     """1-d convolution, ReLU, batch norm; the number of frames stays.
 
     Every row of a padded batch is padded at its own end, as if it were alone.
@@ -81,8 +86,40 @@ class TdnnLayer(nn.Module):
         )
         self.bn = nn.BatchNorm1d(out_channels) if batch_norm else None
 
-    def forward(self, x: Tensor, frames: Frames | None = None) -> Tensor:
-        """(B, C_in, T) to (B, C_out, T)."""
+    def quantised(self) -> dict[str, nn.Module]:
+        """Where the inputs of its product are seen."""
+        return {"in": self}
+
+    def obstacle(self) -> str | None:
+        """Why its kernels never run."""
+        return _obstacle([self], []) or super().obstacle()
+
+    def forward(self, x: Tensor | Sequence[Tensor], frames: Frames | None = None) -> Tensor:
+        """(B, C_in, T), or several inputs that have C_in channels together, to (B, C_out, T)."""
+        inputs = [x] if isinstance(x, Tensor) else list(x)
+        tensors = self.weights_for_kernels(*inputs)
+        if tensors is not None and _obstacle([self], []) is None:
+            precision, parts = self.products_at(inputs[0]), [part.shape[1] for part in inputs]
+            packed = self.kept.of(
+                tensors,
+                (precision, parts, self.input_ranges.get("in")),
+                lambda: pack_tdnn_layer(
+                    inference_params(self.conv, self.bn),
+                    parts,
+                    precision=precision,
+                    input_range=self.input_ranges.get("in"),
+                ),
+            )
+            return run_packed_layer(
+                inputs,
+                packed,
+                None if frames is None else frames.lengths,
+                dilation=self.conv.dilation[0],
+                reflect=self.reflect,
+            )
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
+        if self.precision != "fp32":  # a layer before it ran on its kernels
+            x = x.to(self.conv.weight.dtype)
         if self.reflect:
             x = pad_by_reflection(x, self.padding, None if frames is None else frames.lengths)
         elif frames is not None and self.padding:
@@ -154,13 +191,13 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor, frames: Frames | None = None) -> Tensor:
         """(B, C, T) to (B, C, T)."""
-        hidden = F.relu(self.fc1(masked_mean(x, frames)))
+        hidden = F.relu(_linear(self.fc1, masked_mean(x, frames)))
         if self.bn is not None:
             hidden = self.bn(hidden)
-        return x * torch.sigmoid(self.fc2(hidden))[..., None]
+        return x * torch.sigmoid(_linear(self.fc2, hidden))[..., None]
 
 
-class SERes2NetBlock(nn.Module):
+class SERes2NetBlock(InferenceLayer):
     """SE-Res2Net block of ECAPA-TDNN: 1x1 layer, Res2 convolution, 1x1 layer, squeeze-and-excitation, residual sum.
 
     Args:
@@ -201,16 +238,78 @@ class SERes2NetBlock(nn.Module):
         self.se = SqueezeExcitation(channels, se_channels, se_bn)
         self.shortcut = None if in_channels == channels else nn.Conv1d(in_channels, channels, 1)
 
+    op = "se_res2net_block"
+
+    def quantised(self) -> dict[str, nn.Module]:
+        """Where the inputs of its products are seen."""
+        return {"in": self.in_, "out": self.out} | {f"res.{j}": layer for j, layer in enumerate(self.res)}
+
+    def obstacle(self) -> str | None:
+        """Why its kernels never run."""
+        return _obstacle([self.in_, *self.res, self.out], [self.se.bn]) or super().obstacle()
+
     def forward(self, x: Tensor, frames: Frames | None = None, *, padding: Frames | None = None) -> Tensor:
         """(B, C_in, T) to (B, C, T).
+
+        In evaluation mode, where no gradient is wanted, one op; see :class:`spkfast.nn.inference.InferenceLayer`.
 
         Args:
             x: The input.
             frames: Real frames, over which the squeeze-and-excitation takes its mean.
             padding: Real frames at whose ends the convolutions pad; None for the ends of the batch.
         """
+        convolutions = [*self.res]
+        first = convolutions[0] if convolutions else self.in_
+        layers = [self.in_, *convolutions, self.out]
+        tensors = self.weights_for_kernels(x)
+        if tensors is not None and _obstacle(layers, [self.se.bn]) is None:
+            precision = self.products_at(x)
+            packed = self.kept.of(
+                tensors,
+                (precision, tuple(self.input_ranges.items())),
+                lambda: pack_block(
+                    SERes2NetParams(
+                        inference_params(self.in_.conv, self.in_.bn),
+                        [inference_params(layer.conv, layer.bn) for layer in convolutions],
+                        inference_params(self.out.conv, self.out.bn),
+                        inference_params(self.se.fc1, self.se.bn),
+                        inference_params(self.se.fc2),
+                        None if self.shortcut is None else inference_params(self.shortcut),
+                    ),
+                    precision,
+                    self.input_ranges,
+                ),
+            )
+            return run_packed_block(
+                x,
+                packed,
+                None if padding is None else padding.lengths,
+                None if frames is None else frames.lengths,
+                BlockForm("first" if self.res.first_passes else "last", "reflect" if first.reflect else "zeros"),
+                len(convolutions),
+                first.conv.kernel_size[0],
+                first.conv.dilation[0],
+            )
+        if self.precision != "fp32":
+            x = x.to(self.in_.conv.weight.dtype)
         y = self.out(self.res(self.in_(x), padding))
         return self.se(y, frames) + (x if self.shortcut is None else self.shortcut(x))
+
+
+def _obstacle(layers: Sequence[Any], norms: Sequence[nn.Module | None]) -> str | None:
+    """What layers and batch norms have that the kernels cannot compute."""
+    for layer in layers:
+        if layer.conv.groups != 1:
+            return f"{layer.conv.groups} groups of channels"
+        if not has_inference_form(layer.bn):
+            return "batch norm without running statistics"
+    return None if all(map(has_inference_form, norms)) else "batch norm without running statistics"
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer, which other toolkits write as a convolution of one tap, on (B, C)."""
+    out: Tensor = layer(x[..., None])[..., 0] if isinstance(layer, nn.Conv1d) else layer(x)
+    return out
 
 
 def masked_mean(x: Tensor, frames: Frames | None) -> Tensor:

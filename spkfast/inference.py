@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -10,24 +11,38 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spkfast import functional, models
+from spkfast import backends, functional, models
 from spkfast.backends import Backend
 from spkfast.data.audio import read_audio, resample
-from spkfast.errors import InputError
+from spkfast.errors import InputError, check_name
 from spkfast.frontends import FrontendSpec, require_spec
 from spkfast.frontends import frontend as preset
 from spkfast.models.checkpoint_files import fitting_preset, import_checkpoint
 from spkfast.models.ecapa_tdnn import current_name
+from spkfast.nn.inference import (
+    calibrate,
+    evaluation_mode,
+    inference_layers,
+    input_ranges,
+    set_input_ranges,
+    set_precision,
+)
+from spkfast.ops._packing import PRECISIONS, Range
+from spkfast.reference import Precision
 
+# Goes up where a folder would be read wrongly without knowing why, not where a key is added that may be passed over.
 FORMAT_VERSION = 2
 _READ_VERSIONS = (1, 2)
 _CONFIG, _WEIGHTS, _METADATA = "config.yaml", "model.safetensors", "spkfast"
+_KEYS = ("format_version", "model", "frontend", "frontend_hash", "threshold", "input_ranges")
+# Type of the only device that has products of a precision.
+_ONLY_ON = {"int8": "cpu", "fp16": "cuda"}
 
 
 class Threshold(NamedTuple):
@@ -59,6 +74,12 @@ class SpeakerEncoder:
         threshold: Decision threshold of :meth:`verify`.
         device: ``cpu``, ``cuda``, ``cuda:1`` ..., to which the network is moved; ``auto`` takes CUDA where there is
             one, None leaves the network where it is.
+
+    Attributes:
+        model: The network.
+        frontend: Settings of the features.
+        threshold: Decision threshold, or None.
+        device: Where the network was put.
     """
 
     def __init__(
@@ -79,6 +100,7 @@ class SpeakerEncoder:
         self.model = net.to(self.device).eval()
         self.frontend = frontend
         self.threshold = threshold
+        self._unknown: dict[str, Any] = {}
 
     @classmethod
     def load(
@@ -100,12 +122,13 @@ class SpeakerEncoder:
                 front-end to take in place of the one that its settings or its family tell. Either may be the name of a
                 preset, which takes the number of its mel bands from the model.
             family: Toolkit of a checkpoint whose keys do not tell: ``speechbrain`` or ``3dspeaker``.
-            device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` takes CUDA where there is one.
-            precision: ``fp32``.
+            device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` takes CUDA where there is one, and a CPU for ``int8``.
+            precision: See :attr:`precision`. ``int8`` needs a folder in which 'spkfast calibrate' left ranges.
 
         Raises:
             InputError: If a file is missing, damaged, of another format version, or disagrees with the rest; if a
-                checkpoint would run code when loaded, or its family or front-end cannot be told.
+                checkpoint would run code when loaded, or its family or front-end cannot be told; if the precision
+                cannot run on the device, or lacks calibration.
 
         Warns:
             UserWarning: If neither the weights of another toolkit's checkpoint nor its settings tell everything, of
@@ -113,8 +136,9 @@ class SpeakerEncoder:
         """
         if frontend is not None and not isinstance(frontend, str):
             require_spec(frontend)
-        if precision != "fp32":
-            raise InputError(f"precision must be 'fp32' (no other is supported yet), got {precision!r}")
+        check_name("precision", precision, list(PRECISIONS))
+        if device == "auto" and _ONLY_ON.get(precision) == "cpu":
+            device = "cpu"
         if not is_own(Path(source)):
             found = import_checkpoint(source, family=family, frontend=frontend)
             if found.network.assumed:
@@ -124,10 +148,10 @@ class SpeakerEncoder:
                     "'spkfast convert --option' takes others",
                     stacklevel=2,
                 )
-            return cls(found.network.model, found.frontend, device=device)
+            return cls(found.network.model, found.frontend, device=device)._at(precision, source)
         if family is not None:
             raise InputError(f"{source}: is a model of spkfast, family={family!r} was asked for")
-        folder = _model_folder(Path(source))
+        folder = model_folder(Path(source))
         config = _read_config(folder / _CONFIG)
         tensors, metadata = _read_weights(folder / _WEIGHTS)
         spec = _spec(config["frontend"], folder / _CONFIG)
@@ -147,16 +171,105 @@ class SpeakerEncoder:
         except (TypeError, ValueError) as error:
             raise InputError(f"{folder / _CONFIG}: {error}") from error
         _fill(net, tensors, folder / _WEIGHTS)
+        if config.get("input_ranges"):
+            try:
+                set_input_ranges(net, config["input_ranges"])
+            except InputError as error:
+                raise InputError(f"{folder / _CONFIG}: damaged: input_ranges: {error}") from error
         threshold = config.get("threshold")
-        return cls(
+        encoder = cls(
             net,
             spec,
             threshold=Threshold(float(threshold["value"]), str(threshold["list"])) if threshold else None,
             device=device,
         )
+        encoder._unknown = {key: value for key, value in config.items() if key not in _KEYS}
+        return encoder._at(precision, source)
+
+    def _at(self, precision: str, source: str | os.PathLike[str]) -> SpeakerEncoder:
+        try:
+            self.precision = precision
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
+        return self
+
+    @property
+    def precision(self) -> str:
+        """What the products of the network multiply: ``fp32``, ``bf16``, ``int8`` (on a CPU) or ``fp16`` (on a GPU).
+
+        At ``fp32`` a network computes in the type of its weights. It is a setting of the network, see
+        :func:`spkfast.nn.set_precision`; ``mixed`` where its layers differ.
+
+        Raises:
+            InputError: When set, if the name is unknown, the device or this installation has no such products, the
+                network has no layer with an inference form or one that never runs on its kernels, as with groups of
+                channels, or ``int8`` lacks calibration.
+        """
+        found = {layer.precision for layer in inference_layers(self.model).values()} or {"fp32"}
+        return found.pop() if len(found) == 1 else "mixed"
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        check_name("precision", precision, list(PRECISIONS))
+        layers = inference_layers(self.model)
+        if precision == "fp32" and not layers:
+            return
+        only = _ONLY_ON.get(precision, self.device.type)
+        if only != self.device.type:
+            raise InputError(f"precision {precision!r} runs on {only} only, the network is on {self.device}")
+        for op in {layer.op for layer in layers.values()} if precision != "fp32" else ():
+            if backends.resolve(self.device, "auto", op) == "reference":
+                raise InputError(
+                    f"precision {precision!r} needs kernels of {op}, which are missing on {self.device.type}; "
+                    "'spkfast info' tells why"
+                )
+        for name, layer in layers.items() if precision != "fp32" else ():
+            obstacle = layer.obstacle()
+            if obstacle is not None:
+                raise InputError(
+                    f"precision {precision!r} needs layers that run on kernels: {name or 'the network'} has {obstacle}"
+                )
+        set_precision(self.model, cast(Precision, precision))
+
+    def calibrate(
+        self,
+        audios: Sequence[Any],
+        sample_rate: int | None = None,
+        *,
+        backend: Backend = "auto",
+        batch_seconds: float = 60.0,
+        max_seconds: float = 10.0,
+    ) -> dict[str, dict[str, Range]]:
+        """Finds the ranges that ``int8`` needs, on features as :meth:`embed_batch` makes them; the network keeps them.
+
+        Only utterances of one length share a batch, so that no padding counts.
+
+        Args:
+            audios: Utterances like those to come, some hundred; all are held in memory. See the class.
+            sample_rate: Rate of arrays in Hz; None for the rate of the front-end.
+            backend: Implementation of the front-end: ``auto``, ``reference``, ``native`` or ``triton``.
+            batch_seconds: Most audio in one batch; a longer utterance is a batch of its own.
+            max_seconds: What is used of an utterance, from its start.
+
+        Returns:
+            Smallest and largest input by layer and product; :meth:`save` writes them.
+
+        Raises:
+            InputError: As :meth:`load_audio`; or if there is no utterance, ``max_seconds`` is shorter than a frame, or
+                the network has no layer with an inference form.
+        """
+        most = int(max_seconds * self.frontend.sample_rate)
+        if most < self.frontend.frame_length:
+            raise InputError(f"max_seconds must be at least that of a frame, got {max_seconds}")
+        waveforms = [waveform[:most] for waveform in self._load_all(audios, sample_rate)]
+        batches = _batches_of_one_length([len(w) for w in waveforms], self._samples(batch_seconds))
+        with _exact_convolutions():
+            return calibrate(self.model, (self._features([waveforms[i] for i in batch], backend) for batch in batches))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the folder ``path`` with config.yaml and model.safetensors, whole or not at all.
+
+        Keys of the config.yaml that was loaded which this version does not know are written again.
 
         Raises:
             InputError: If ``path`` is there and is anything but such a folder, or the network is not of spkfast.models.
@@ -167,15 +280,7 @@ class SpeakerEncoder:
         if not (hasattr(self.model, "name") and hasattr(self.model, "config")):
             raise InputError("only networks of spkfast.models can be saved: this one has no name and config")
         target = Path(path)
-        if target.exists():
-            if not target.is_dir():
-                raise InputError(f"{target}: is a file; name a folder")
-            foreign = [p.name for p in target.iterdir()]
-            foreign = [name for name in foreign if name not in (_CONFIG, _WEIGHTS)] or _not_own(target)
-            if foreign:
-                raise InputError(
-                    f"{target}: holds {sorted(foreign)[0]!r}, which saving would remove; name another folder"
-                )
+        check_target(target)
         fields = self.frontend.to_dict()
         config: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -185,6 +290,12 @@ class SpeakerEncoder:
         }
         if self.threshold is not None:
             config["threshold"] = {"value": float(self.threshold.value), "list": self.threshold.list}
+        ranges = input_ranges(self.model)
+        if ranges:
+            config["input_ranges"] = {
+                name: {key: list(bounds) for key, bounds in of_layer.items()} for name, of_layer in ranges.items()
+            }
+        config |= self._unknown
         facts = {"format_version": FORMAT_VERSION, "frontend_hash": self.frontend.hash, "frontend": fields}
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -209,11 +320,12 @@ class SpeakerEncoder:
 
     def __repr__(self) -> str:
         name = getattr(self.model, "name", type(self.model).__name__)
-        return f"SpeakerEncoder({name}, front-end {self.frontend.hash}, {self.device})"
+        precision = "" if self.precision == "fp32" else f", {self.precision}"
+        return f"SpeakerEncoder({name}, front-end {self.frontend.hash}, {self.device}{precision})"
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of network, front-end and weights: equal for encoders that give the same embeddings.
+        """Hex digest of network, front-end, weights and precision: equal for encoders that give the same embeddings.
 
         Keywords of the network count where they differ from their defaults, so that one which is added later changes
         no digest as long as its default keeps the network as it was and is not None.
@@ -228,6 +340,13 @@ class SpeakerEncoder:
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        coarse = {
+            name: [layer.precision, dict(layer.input_ranges) if layer.precision == "int8" else {}]
+            for name, layer in inference_layers(self.model).items()
+            if layer.precision != "fp32"
+        }
+        if coarse:
+            digest.update(json.dumps(coarse, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
     def load_audio(self, audio: Any, sample_rate: int | None = None, *, name: str | None = None) -> np.ndarray:
@@ -296,15 +415,9 @@ class SpeakerEncoder:
         Raises:
             InputError: As :meth:`load_audio`; or if an embedding is not finite.
         """
-        if isinstance(audios, str | os.PathLike):
-            raise InputError(f"audios must be a list of utterances, got the one path {audios}: use embed()")
-        names = [str(audio) if _is_file(audio) else f"audio {i}" for i, audio in enumerate(audios)]
-        waveforms = [
-            self.load_audio(audio, sample_rate, name=None if _is_file(audio) or len(audios) == 1 else name)
-            for audio, name in zip(audios, names, strict=True)
-        ]
+        waveforms = self._load_all(audios, sample_rate)
         rows = self._embed(waveforms, backend, batch_seconds)
-        for name, row in zip(names, rows, strict=True):
+        for name, row in zip(_names(audios), rows, strict=True):
             if isinstance(row, str):
                 raise InputError(f"{name}: {row}")
         if not rows:
@@ -357,19 +470,14 @@ class SpeakerEncoder:
     @torch.inference_mode()
     def _embed(self, waveforms: list[np.ndarray], backend: Backend, batch_seconds: float) -> list[Tensor | str]:
         """Embedding of each waveform, or a complaint in words."""
-        if not batch_seconds > 0:
-            raise InputError(f"batch_seconds must be positive, got {batch_seconds}")
+        most = self._samples(batch_seconds)
         # In training mode an embedding would depend on its batch, and batch norm would learn from it.
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            return self._embed_batches(waveforms, backend, batch_seconds)
-        finally:
-            self.model.train(was_training)
+        with evaluation_mode(self.model):
+            return self._embed_batches(waveforms, backend, most)
 
-    def _embed_batches(self, waveforms: list[np.ndarray], backend: Backend, batch_seconds: float) -> list[Tensor | str]:
+    def _embed_batches(self, waveforms: list[np.ndarray], backend: Backend, most: int) -> list[Tensor | str]:
         rows: dict[int, Tensor | str] = {}
-        for batch in _batches([len(w) for w in waveforms], int(batch_seconds * self.frontend.sample_rate)):
+        for batch in _batches([len(w) for w in waveforms], most):
             embeddings = self._forward([waveforms[i] for i in batch], backend)
             for i, embedding, good in zip(batch, embeddings, embeddings.isfinite().all(dim=1).tolist(), strict=True):
                 seconds = len(waveforms[i]) / self.frontend.sample_rate
@@ -388,7 +496,25 @@ class SpeakerEncoder:
             return Verification(score, None, None)
         return Verification(score, score > self.threshold.value, self.threshold.value)
 
+    def _load_all(self, audios: Sequence[Any], sample_rate: int | None) -> list[np.ndarray]:
+        if isinstance(audios, str | os.PathLike):
+            raise InputError(f"audios must be a list of utterances, got the one path {audios}: put it into a list")
+        return [
+            self.load_audio(audio, sample_rate, name=None if _is_file(audio) or len(audios) == 1 else name)
+            for audio, name in zip(audios, _names(audios), strict=True)
+        ]
+
+    def _samples(self, batch_seconds: float) -> int:
+        if not batch_seconds > 0:
+            raise InputError(f"batch_seconds must be positive, got {batch_seconds}")
+        return int(batch_seconds * self.frontend.sample_rate)
+
     def _forward(self, waveforms: list[np.ndarray], backend: Backend) -> Tensor:
+        features, lengths = self._features(waveforms, backend)
+        with _exact_convolutions():
+            return self.model(features, lengths).float().cpu()
+
+    def _features(self, waveforms: list[np.ndarray], backend: Backend) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(w) for w in waveforms])
         padded = torch.zeros(len(waveforms), int(lengths.max()))
         for row, waveform in zip(padded, waveforms, strict=True):
@@ -398,10 +524,16 @@ class SpeakerEncoder:
         )
         # As the parameters, since a network in half or double precision takes no other type.
         kinds = (parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
-        features = features.to(next(kinds, features.dtype))
-        # fp32 means fp32: cuDNN's convolutions would use TF32 by default.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return self.model(features, frame_lengths).float().cpu()
+        return features.to(next(kinds, features.dtype)), frame_lengths
+
+
+def _exact_convolutions() -> contextlib.AbstractContextManager[None]:
+    """fp32 means fp32: cuDNN's convolutions would use TF32 by default."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def _names(audios: Sequence[Any]) -> list[str]:
+    return [str(audio) if _is_file(audio) else f"audio {i}" for i, audio in enumerate(audios)]
 
 
 def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:
@@ -413,6 +545,15 @@ def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
+
+
+def _batches_of_one_length(lengths: list[int], most: int) -> Iterator[list[int]]:
+    by_length: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(i)
+    for length, same in by_length.items():
+        size = max(1, most // length)
+        yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
 def _is_file(audio: Any) -> bool:
@@ -471,6 +612,22 @@ def is_own(source: Path) -> bool:
     return any(_has_format_version(folder / _CONFIG) or _has_metadata(folder / _WEIGHTS) for folder in folders)
 
 
+def check_target(target: Path) -> None:
+    """Refuses a path at which saving would remove anything but a model of spkfast.
+
+    Raises:
+        InputError: If it is such a path.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target}: is a file; name a folder")
+    foreign = [path.name for path in target.iterdir()]
+    foreign = [name for name in foreign if name not in (_CONFIG, _WEIGHTS)] or _not_own(target)
+    if foreign:
+        raise InputError(f"{target}: holds {sorted(foreign)[0]!r}, which saving would remove; name another folder")
+
+
 def _not_own(folder: Path) -> list[str]:
     """Which of the two files another toolkit wrote; with a config.yaml of spkfast, damaged weights count as its own."""
     if (folder / _CONFIG).exists():
@@ -495,7 +652,12 @@ def _has_format_version(path: Path) -> bool:
         return any(line.startswith("format_version") for line in file)
 
 
-def _model_folder(source: Path) -> Path:
+def model_folder(source: Path) -> Path:
+    """The folder of a model of spkfast, of what :meth:`SpeakerEncoder.load` takes.
+
+    Raises:
+        InputError: If it is not whole.
+    """
     if source.is_file():
         source = source.parent
     for folder in (source, source / "model"):
@@ -527,6 +689,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     shapes: dict[str, tuple[type, ...]] = {"model.name": (str,), "model.config": (dict,), "frontend": (dict,)}
     if "threshold" in config:
         shapes |= {"threshold.value": (int, float), "threshold.list": (str,)}
+    if "input_ranges" in config:
+        shapes["input_ranges"] = (dict,)
     for key, kind in shapes.items():
         value: Any = config
         for part in key.split("."):

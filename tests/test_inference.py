@@ -1,8 +1,10 @@
 """SpeakerEncoder: audio of every kind in, the same embedding out; and what a damaged model folder says."""
 
+import copy
 import inspect
 import io
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -316,6 +318,13 @@ DAMAGE = {
     r"config\.yaml: damaged: threshold\.list is None": lambda f: edit_config(
         f, lambda c: c.update(threshold={"value": 0.5})
     ),
+    r"config\.yaml: damaged: input_ranges is \[1\]": lambda f: edit_config(f, lambda c: c.update(input_ranges=[1])),
+    r"config\.yaml: damaged: input_ranges: the ranges name 'stem', which is no layer": lambda f: edit_config(
+        f, lambda c: c.update(input_ranges={"stem": {"in": [0, 1]}})
+    ),
+    r"damaged: input_ranges: the range of 'in' of encoder\.stem must be two numbers, got None": lambda f: edit_config(
+        f, lambda c: c.update(input_ranges={"encoder.stem": {"in": None}})
+    ),
     r"config\.yaml: not the config of a model": lambda f: (f / "config.yaml").write_text("steps: 3"),
     r"config\.yaml: damaged: ": lambda f: (f / "config.yaml").write_text("a: [1"),
     r"config\.yaml: damaged: 'NoneType' object": lambda f: (f / "config.yaml").write_text(
@@ -351,8 +360,8 @@ def test_unsuitable_source(tmp_path, saved):
     (tmp_path / "avg_model.pt").write_bytes(b"x")
     with pytest.raises(InputError, match=r"avg_model\.pt: not a checkpoint"):
         SpeakerEncoder.load(tmp_path / "avg_model.pt")
-    with pytest.raises(InputError, match="precision must be 'fp32'"):
-        SpeakerEncoder.load(saved, precision="bf16")
+    with pytest.raises(InputError, match=r"unknown precision 'bf61' .did you mean 'bf16'"):
+        SpeakerEncoder.load(saved, precision="bf61")
     with pytest.raises(InputError, match="device must be"):
         SpeakerEncoder.load(saved, device="tpu9000")
     with pytest.raises(InputError, match="differs from that of the caller: window: 'hamming' here, 'povey' there"):
@@ -393,11 +402,216 @@ def test_embedding_leaves_training_mode_and_statistics_alone():
     clips = [np.random.default_rng(k).standard_normal(9000).astype(np.float32) for k in range(3)]
     want = encoder.embed_batch(clips)
     encoder.model.train()
-    assert torch.equal(encoder.embed_batch(clips), want)
-    assert encoder.model.training
-    assert torch.equal(encoder.embed_batch(clips), want)
+    encoder.model.encoder.mfa.eval()
+    modes = [part.training for part in encoder.model.modules()]
+    for _ in range(2):
+        assert torch.equal(encoder.embed_batch(clips), want)
+        assert [part.training for part in encoder.model.modules()] == modes
     with pytest.raises(InputError, match="got the one path"):
         encoder.embed_batch("a.flac")
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """Folder of a calibrated model, and the model at fp32."""
+    folder = tmp_path_factory.mktemp("calibrated") / "model"
+    encoder = make_encoder(seed=3)
+    encoder.calibrate([voice(seed=seed) for seed in range(4)])
+    encoder.save(folder)
+    return folder, encoder
+
+
+def test_precisions_are_near(calibrated):
+    folder, encoder = calibrated
+    clips = [voice(n, seed=9) for n in (16000, 9000, 23000)]
+    want = encoder.embed_batch(clips).double()
+    prints = {encoder.fingerprint}
+    for precision, bound in (("fp32", 1 - 1e-9), ("bf16", 0.9995), ("int8", 0.995)):
+        other = SpeakerEncoder.load(folder, precision=precision)
+        assert other.precision == precision
+        cosine = torch.nn.functional.cosine_similarity(other.embed_batch(clips).double(), want)
+        assert cosine.min() > bound and (precision == "fp32" or cosine.max() < 1 - 1e-9)
+        prints.add(other.fingerprint)
+        one = other.embed(clips[1])
+        assert relative_error(other.embed_batch(clips)[1], one) < 1e-5
+        for copied in (
+            copy.deepcopy(other),
+            pickle.loads(pickle.dumps(other)),
+            SpeakerEncoder(other.model, other.frontend),
+        ):
+            assert copied.precision == precision and copied.fingerprint == other.fingerprint
+            assert torch.equal(copied.embed(clips[1]), one)
+    assert len(prints) == 3
+
+
+def test_precision_can_be_changed(calibrated):
+    folder, encoder = calibrated
+    other = SpeakerEncoder.load(folder)
+    want = other.embed(voice())
+    for precision in ("int8", "bf16", "fp32"):
+        other.precision = precision
+        assert other.precision == precision
+    assert torch.equal(other.embed(voice()), want) and other.fingerprint == encoder.fingerprint
+    assert repr(other) == f"SpeakerEncoder(ecapa_tdnn, front-end {other.frontend.hash}, cpu)"
+    other.precision = "bf16"
+    assert repr(other) == f"SpeakerEncoder(ecapa_tdnn, front-end {other.frontend.hash}, cpu, bf16)"
+    bf16 = other.fingerprint
+    other.model.encoder.stem.precision = "fp32"
+    assert other.precision == "mixed"
+    assert len({other.fingerprint, bf16, encoder.fingerprint}) == 3
+
+
+def test_fingerprint_counts_ranges_where_they_count(calibrated):
+    """An embedding at fp32 or bf16 does not depend on them."""
+    found = {}
+    for seed in (0, 1):
+        encoder = make_encoder(seed=3)
+        encoder.calibrate([voice(seed=seed)])
+        for precision in ("fp32", "bf16", "int8"):
+            encoder.precision = precision
+            found.setdefault(precision, set()).add(encoder.fingerprint)
+    assert {precision: len(prints) for precision, prints in found.items()} == {"fp32": 1, "bf16": 1, "int8": 2}
+    assert make_encoder(seed=3).fingerprint in found["fp32"]
+
+
+def test_fingerprint_of_fp32_is_what_it_was():
+    """Of files of embeddings that were written before there were precisions."""
+    encoder = make_encoder()
+    digest = encoder.fingerprint
+    net = encoder.model
+    for parameter in net.state_dict().values():
+        parameter.zero_()
+    assert encoder.fingerprint == "7dbdb339e041e9df" != digest
+
+
+def test_calibration_finds_the_ranges_of_the_features(tmp_path):
+    from spkfast import functional
+    from spkfast.nn import input_ranges
+
+    encoder = make_encoder()
+    clips = [voice(n, seed=n) for n in (16000, 4000, 9000)]
+    path = write(tmp_path / "a.wav", clips[1], subtype="FLOAT")
+    found = encoder.calibrate([clips[0], path, torch.from_numpy(clips[2])])
+    features = [functional.log_mel_fbank(torch.from_numpy(clip)[None], spec=encoder.frontend)[0] for clip in clips]
+    low, high = found["encoder.stem"]["in"]
+    assert low == pytest.approx(min(float(f.min()) for f in features), abs=1e-4)
+    assert high == pytest.approx(max(float(f.max()) for f in features), abs=1e-4)
+    assert found == input_ranges(encoder.model) and encoder.precision == "fp32" and not encoder.model.training
+    split = encoder.calibrate(clips, batch_seconds=0.01)["encoder.stem"]["in"]
+    assert split == pytest.approx((low, high), abs=1e-4)
+    for audios, words in (("a.wav", "got the one path a.wav"), ([], "at least one batch"), ([voice(3)], "too short")):
+        with pytest.raises(InputError, match=words):
+            encoder.calibrate(audios)
+    with pytest.raises(InputError, match="batch_seconds must be positive"):
+        encoder.calibrate(clips, batch_seconds=0)
+    with pytest.raises(InputError, match="no layer with an inference form"):
+        SpeakerEncoder(torch.nn.Identity(), "kaldi").calibrate(clips)
+    with pytest.raises(InputError, match="max_seconds must be at least that of a frame, got 0"):
+        encoder.calibrate(clips, max_seconds=0)
+
+
+def test_calibration_counts_no_padding_and_a_part_of_long_utterances(monkeypatch):
+    encoder, seen = make_encoder(), []
+    features = encoder._features
+    monkeypatch.setattr(encoder, "_features", lambda w, *rest: seen.append([len(x) for x in w]) or features(w, *rest))
+    encoder.calibrate([voice(n) for n in (16000, 9000, 48000, 40000, 9000)], max_seconds=2, batch_seconds=4)
+    assert sorted(seen) == [[9000, 9000], [16000], [32000, 32000]]
+    seen.clear()
+    encoder.calibrate([voice(16000 * 11)])
+    assert seen == [[160000]]
+
+
+def test_ranges_are_kept_in_the_folder(tmp_path, calibrated):
+    import yaml
+
+    from spkfast.nn import input_ranges
+
+    folder, encoder = calibrated
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    # Who does not know the key passes over it: at fp32 it changes nothing.
+    assert config["format_version"] == 2 and config["input_ranges"]["encoder.blk1"].keys() >= {"in", "out", "res.0"}
+    for precision in ("fp32", "bf16", "int8"):
+        again = SpeakerEncoder.load(folder, precision=precision)
+        assert input_ranges(again.model) == input_ranges(encoder.model)
+        again.save(tmp_path / precision)
+        for file in ("config.yaml", "model.safetensors"):
+            assert (tmp_path / precision / file).read_bytes() == (folder / file).read_bytes()
+    edit_config(tmp_path / "fp32", lambda c: c.pop("input_ranges"))
+    plain = SpeakerEncoder.load(tmp_path / "fp32")
+    assert input_ranges(plain.model) == {} and plain.fingerprint == encoder.fingerprint
+    plain.save(tmp_path / "fp32")
+    assert "input_ranges" not in (tmp_path / "fp32/config.yaml").read_text()
+
+
+def test_precision_that_cannot_run(tmp_path, saved, calibrated, monkeypatch):
+    folder, _ = calibrated
+    with pytest.raises(InputError, match=rf"{saved}: precision 'int8' needs calibration: .*'spkfast calibrate'"):
+        SpeakerEncoder.load(saved, precision="int8")
+    with pytest.raises(InputError, match="precision 'fp16' runs on cuda only, the network is on cpu"):
+        SpeakerEncoder.load(folder, precision="fp16", device="cpu")
+    encoder = SpeakerEncoder.load(folder)
+    encoder.device = torch.device("cuda:0")
+    with pytest.raises(InputError, match="precision 'int8' runs on cpu only, the network is on cuda:0"):
+        encoder.precision = "int8"
+    with pytest.raises(InputError, match="Identity has no layer with an inference form"):
+        SpeakerEncoder(torch.nn.Identity(), "kaldi").precision = "bf16"
+    assert SpeakerEncoder(torch.nn.Identity(), "kaldi").precision == "fp32"
+    monkeypatch.setattr("spkfast.backends.resolve", lambda *_: "reference")
+    with pytest.raises(
+        InputError, match=r"precision 'bf16' needs kernels of .*, which are missing on cpu; 'spkfast in"
+    ):
+        SpeakerEncoder.load(folder, precision="bf16")
+    SpeakerEncoder.load(folder)
+
+
+def test_precision_at_which_a_layer_cannot_compute():
+    net = models.create("ecapa_tdnn", channels=16, mfa_channels=32, embedding_dim=24, scale=4, groups=2)
+    encoder = SpeakerEncoder(net, frontend("wespeaker"))
+    with pytest.raises(InputError, match=r"'bf16' needs layers that run on kernels: encoder\.stem has 2 groups"):
+        encoder.precision = "bf16"
+    encoder.precision = "fp32"
+    encoder = make_encoder()
+    encoder.model.pooling.fc1 = torch.nn.Sequential(encoder.model.pooling.fc1)
+    with pytest.raises(InputError, match="pooling has a Sequential of another class"):
+        encoder.precision = "bf16"
+    assert encoder.precision == "fp32"
+
+
+def test_unknown_keys_of_the_config_are_kept(tmp_path, saved):
+    import yaml
+
+    edit_config(saved, lambda c: c.update(trained_on={"hours": 3}))
+    SpeakerEncoder.load(saved).save(tmp_path / "again")
+    assert yaml.safe_load((tmp_path / "again/config.yaml").read_text())["trained_on"] == {"hours": 3}
+
+
+def test_int8_takes_the_cpu_by_itself(calibrated, monkeypatch):
+    folder, _ = calibrated
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert SpeakerEncoder.load(folder, precision="int8").device == torch.device("cpu")
+
+
+def test_checkpoint_of_another_toolkit_at_a_precision(tmp_path):
+    from tests.models.foreign import foreign_state, small_model
+
+    path = tmp_path / "avg_model.pt"
+    torch.save(foreign_state(small_model("wespeaker", feature_dim=80), "wespeaker"), path)
+    want = SpeakerEncoder.load(path).embed(voice()).double()
+    got = SpeakerEncoder.load(path, precision="bf16").embed(voice()).double()
+    assert torch.nn.functional.cosine_similarity(got, want, dim=0) > 0.9995 and not torch.equal(got, want)
+    with pytest.raises(InputError, match=r"avg_model\.pt: precision 'int8' needs calibration"):
+        SpeakerEncoder.load(path, precision="int8")
+
+
+def test_embedding_packs_weights_once(monkeypatch):
+    from spkfast.nn import se_res2net
+
+    encoder, packs, pack = make_encoder(), [], se_res2net.pack_block
+    monkeypatch.setattr(se_res2net, "pack_block", lambda *args: packs.append(1) or pack(*args))
+    encoder.embed(voice())
+    assert len(packs) == 3
+    encoder.embed_batch([voice(), voice(9000)])
+    assert len(packs) == 3
 
 
 def test_saved_files_are_equal_to_the_last_byte(tmp_path, encoder):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 BACKENDS = ("auto", "reference", "native", "triton")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -54,6 +55,16 @@ class Parser(argparse.ArgumentParser):
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """The option that chooses the implementation of the front-end."""
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="implementation of the front-end [auto]")
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """The option that chooses what the network multiplies."""
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="products of the network; int8 (on a CPU) after 'spkfast calibrate', fp16 on a GPU [fp32]",
+    )
 
 
 def add_batch_seconds(parser: argparse.ArgumentParser) -> None:

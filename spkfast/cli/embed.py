@@ -7,12 +7,25 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spkfast.cli.common import BadFiles, Parser, add_backend, add_batch_seconds, add_json, print_result, progress
+from spkfast.cli.common import (
+    BadFiles,
+    Parser,
+    add_backend,
+    add_batch_seconds,
+    add_json,
+    add_precision,
+    print_result,
+    progress,
+)
 from spkfast.errors import InputError
 
 HELP = "embeddings of files, folders and lists"
 
 LIST_SUFFIXES = (".txt", ".lst", ".list")
+INPUTS_HELP = (
+    "audio file; folder (all audio in it, keys relative to it); or .txt/.lst/.list file with lines 'path', "
+    "'speaker path' or 'label path path', relative to the folder of the list"
+)
 
 _SECONDS_BETWEEN_SAVES = 300.0
 
@@ -20,13 +33,7 @@ _SECONDS_BETWEEN_SAVES = 300.0
 def main(argv: list[str]) -> None:
     """Runs ``spkfast embed``."""
     parser = Parser("embed", HELP)
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="audio file; folder (all audio in it, keys relative to it); or .txt/.lst/.list file with lines 'path', "
-        "'speaker path' or 'label path path', relative to the folder of the list",
-    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUTS_HELP)
     parser.add_argument("--model", required=True, help="folder of the model, or checkpoint of another toolkit")
     parser.add_argument(
         "--out",
@@ -35,6 +42,7 @@ def main(argv: list[str]) -> None:
         help="arrays 'keys' and 'embeddings'; keys already in it are not redone",
     )
     parser.add_argument("--strict", action="store_true", help="end at the first file that cannot be used")
+    add_precision(parser)
     add_batch_seconds(parser)
     add_backend(parser)
     add_json(parser)
@@ -42,11 +50,11 @@ def main(argv: list[str]) -> None:
     out = Path(args.out)
     if out.suffix != ".npz":
         raise InputError(f"--out must end with .npz, got {args.out}")
-    files = _collect(args.inputs)
+    files = collect(args.inputs)
 
     from spkfast.inference import SpeakerEncoder
 
-    encoder = SpeakerEncoder.load(args.model)
+    encoder = SpeakerEncoder.load(args.model, precision=args.precision)
     model = encoder.fingerprint
     sources = {key: str(path.resolve()) for key, path in files.items()}
     known, known_sources = _load_own(out, model, sources) if out.exists() else ({}, {})
@@ -128,7 +136,7 @@ def _load_own(path: Path, model: str, sources: dict[str, str]) -> tuple[dict[str
     """Embeddings and audio files by key, of a file that this model wrote from the same audio."""
     stored = read_embeddings(path)
     if stored.model != model or stored.sources is None:
-        raise InputError(f"{path}: holds embeddings of another model; name another --out or remove it")
+        raise InputError(f"{path}: holds embeddings of another model or precision; name another --out or remove it")
     known_sources = dict(zip(stored.keys, stored.sources, strict=True))
     for key, source in known_sources.items():
         if sources.get(key, source) != source:
@@ -155,8 +163,12 @@ def _save(path: Path, found: dict[str, Any], sources: dict[str, str], model: str
         fresh.unlink(missing_ok=True)
 
 
-def _collect(inputs: list[str]) -> dict[str, Path]:
-    """Every file by its key."""
+def collect(inputs: list[str]) -> dict[str, Path]:
+    """Every audio file of files, folders and lists, by its key.
+
+    Raises:
+        InputError: If a list or folder cannot be used, or two files have the same key.
+    """
     files: dict[str, Path] = {}
     for text in inputs:
         source = Path(text)

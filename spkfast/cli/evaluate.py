@@ -11,6 +11,7 @@ from spkfast.cli.common import (
     add_backend,
     add_batch_seconds,
     add_json,
+    add_precision,
     embed_all,
     print_result,
     rates,
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
         default="interp",
         help="definition of the equal error rate [interp]",
     )
+    add_precision(parser)
     add_batch_seconds(parser)
     add_backend(parser)
     add_json(parser)
@@ -44,6 +46,8 @@ def main(argv: list[str]) -> None:
         parser.error("give either --model with --data, or --embeddings")
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data go together")
+    if args.embeddings and args.precision != "fp32":
+        parser.error("--precision goes with --model: stored embeddings have theirs")
     if args.det and Path(args.det).suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--det must end with .png, .pdf or .svg, got {args.det}")
     if not args.trials and not args.data:
@@ -84,7 +88,13 @@ def main(argv: list[str]) -> None:
         }
         for row in rows
     ]
-    result = {"method": args.method, "backend": args.backend, "seconds": time.monotonic() - started, "lists": rows}
+    result = {
+        "method": args.method,
+        "backend": args.backend,
+        "precision": args.precision if args.model else None,
+        "seconds": time.monotonic() - started,
+        "lists": rows,
+    }
     print_result(result, args.json, shown={"": shown})
 
 
@@ -95,7 +105,7 @@ def _embed(args: Any, paths: list[str]) -> Any:
     for path in paths:
         if not (root / path).is_file():
             raise InputError(f"{root / path}: no such file, but the trials name it")
-    encoder = SpeakerEncoder.load(args.model)
+    encoder = SpeakerEncoder.load(args.model, precision=args.precision)
     return embed_all(encoder, root, paths, backend=args.backend, batch_seconds=args.batch_seconds)
 
 

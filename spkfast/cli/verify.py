@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spkfast.cli.common import Parser, add_backend, add_json, print_result
+from spkfast.cli.common import Parser, add_backend, add_json, add_precision, print_result
 
 HELP = "score and decision for two files"
 
@@ -13,13 +13,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("a", metavar="A", help="audio file")
     parser.add_argument("b", metavar="B", help="audio file")
     parser.add_argument("--model", required=True, help="folder of the model, or checkpoint of another toolkit")
+    add_precision(parser)
     add_backend(parser)
     add_json(parser)
     args = parser.parse_args(argv)
 
     from spkfast.inference import SpeakerEncoder
 
-    encoder = SpeakerEncoder.load(args.model)
+    encoder = SpeakerEncoder.load(args.model, precision=args.precision)
     score, same_speaker, threshold = encoder.verify(args.a, args.b, backend=args.backend)
     result = {
         "score": score,

@@ -14,12 +14,12 @@ from spkfast.errors import InputError
 def test_help_lists_every_command(spkfast):
     status, out, err = spkfast("--help")
     assert status == 0 and not err
-    for command in ("info", "demo", "train", "embed", "verify", "evaluate"):
+    for command in ("info", "demo", "train", "embed", "verify", "evaluate", "calibrate"):
         assert f"\n  {command} " in out
     assert spkfast("--version").out == f"spkfast {package.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "embed", "verify", "evaluate"])
+@pytest.mark.parametrize("command", ["info", "demo", "embed", "verify", "evaluate", "calibrate"])
 def test_help_of_a_command(spkfast, command):
     status, out, _ = spkfast(command, "--help")
     assert status == 0 and out.startswith(f"usage: spkfast {command}")
@@ -28,7 +28,7 @@ def test_help_of_a_command(spkfast, command):
 def test_help_does_not_load_torch():
     program = (
         "import sys; from spkfast.cli.main import main; "
-        "assert [main(a) for a in (['--help'], ['embed', '--help'], ['evaluate', '--help'])] == [0, 0, 0]; "
+        "assert [main(a) for a in (['--help'], ['embed', '--help'], ['calibrate', '--help'])] == [0, 0, 0]; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0

@@ -21,7 +21,7 @@ import spkfast
 from spkfast import backends, models
 from spkfast.acceleration import Accelerated
 from spkfast.nn.inference import inference_layers
-from tests.accelerate import doubles
+from tests.acceleration import doubles
 
 SWAPPED = {
     "Wespeaker": ["", "layer1", "layer2", "layer3", "layer4", "conv", "pool"],

@@ -78,3 +78,26 @@ def test_columns_are_those_that_the_record_has(tmp_path):
         "| forward | 32 x 8 x 9 | eager | 8.000 (7.000 to 9.000) |  | 112.2 | 2.0e-07 |",
         "| forward | 32 x 8 x 9 | a part | 1.000 (0.500 to 1.500) |  |  |  |",
     ]
+
+
+def test_precisions_stand_beside_their_bounds(tmp_path):
+    rate = {"eer_percent": 5.0, "eer_low_percent": 1.0, "eer_high_percent": 9.0, "min_dcf": 0.5, "lowest_cosine": 1.0}
+    change = {"change_percent": -0.25, "change_low_percent": -0.5, "change_high_percent": 0.125}
+    bounds = {"largest_score_difference": 0.01, "bounds": {}, "within_bounds": False}
+    nobody = {"eer_low_percent": None, "eer_high_percent": None}
+    record = {
+        "benchmark": "precisions",
+        "date": "2026-01-01",
+        "machine": RECORD["machine"],
+        "model": {"name": "some_model", "config": {"channels": 128}},
+        "lists": {"a.txt": {"modules": rate, "int8": rate | change | bounds}, "b.txt": {"modules": rate | nobody}},
+    }
+    folder = tmp_path / "some-machine"
+    folder.mkdir()
+    (folder / "precisions.json").write_text(json.dumps(record))
+    lines = report.page(tmp_path).splitlines()
+    assert any("`some_model`, ECAPA-TDNN of 128 channels" in line for line in lines)
+    assert "| a.txt | modules | 5.00 (1.00 to 9.00) | 0.5000 |  |  | 1.000000 |  |" in lines
+    changed = "-0.25 (-0.50 to +0.12) | 1.0e-02 | 1.000000 | no |"
+    assert f"| a.txt | int8 | 5.00 (1.00 to 9.00) | 0.5000 | {changed}" in lines
+    assert "| b.txt | modules | 5.00 | 0.5000 |  |  | 1.000000 |  |" in lines

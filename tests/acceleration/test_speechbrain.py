@@ -14,7 +14,7 @@ import torch
 
 import spkfast
 from spkfast.acceleration import Accelerated
-from tests.acceleration.test_accelerate import LENGTHS, assert_same, filled, step
+from tests.acceleration.test_acceleration import LENGTHS, assert_same, filled, step
 
 
 @pytest.fixture(scope="module")

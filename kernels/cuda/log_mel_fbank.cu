@@ -6,6 +6,7 @@
 // What needs a whole utterance follows in a second kernel, from sums that the first one leaves.
 #include <cmath>
 
+#include "common/device.cuh"
 #include "common/reduce.cuh"
 #include "log_mel_fbank.cuh"
 #include "log_mel_fbank_plan.cuh"
@@ -16,7 +17,6 @@ namespace spkfast {
 namespace {
 
 constexpr size_t kSharedBytes = 99 * 1024;  // What every GPU since sm_80 grants a block at least.
-constexpr size_t kReservedBytes = 1024;     // Taken by the system beside what a block asks for.
 constexpr int kMaxWeights = 5120;
 constexpr int kNormThreads = 512;
 constexpr int kNormWarps = kNormThreads / kWarpSize;
@@ -450,23 +450,6 @@ __global__ void __launch_bounds__(kWaveformThreads, 1)
       p.waveform_norm == 1 ? sqrtf(at_least(variance, 1e-20f)) + 1e-8f : sqrtf(variance + 1e-4f);
   const float gain = p.sample_scale / deviation;
   if (thread == 0) plan.waveform_stats[utterance] = make_float2(gain, -mean * gain);
-}
-
-// What a launch depends on of the device.
-struct Device {
-  int processors, shared_per_processor, shared_per_block;
-};
-
-cudaError_t current_device(Device& device) {
-  int number = 0;
-  cudaError_t error = cudaGetDevice(&number);
-  const auto get = [&](int& value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, number);
-  };
-  get(device.processors, cudaDevAttrMultiProcessorCount);
-  get(device.shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  get(device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  return error;
 }
 
 // Lays out shared memory for `frames` per tile.

@@ -5,7 +5,7 @@
 namespace spkfast::cpu {
 
 const ProductKernel& product_avx512bf16() {
-  static constexpr ProductKernel kernel = {&run, &convert, &turn, &means, &gate};
+  static constexpr ProductKernel kernel = {&run, &convert, &turn, &means, &moments, &gate};
   return kernel;
 }
 

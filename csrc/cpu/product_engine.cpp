@@ -24,8 +24,8 @@ constexpr int64_t kTaskWork = 1 << 18;
 uint16_t bfloat_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  if (std::isnan(value)) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>(std::isnan(value) ? 0x7fc0 : rounded);
 }
 
 }  // namespace
@@ -47,34 +47,71 @@ int64_t Weight::steps() const {
   return steps;
 }
 
-void pack(const Weight& weight, const float* values, char* packed) {
-  std::memset(packed, 0, weight.packed_bytes());
-  const int64_t in_step = step_channels(weight.operand);
-  int64_t inputs = 0;
-  for (const int64_t part : weight.parts) inputs += part;
-  for (int64_t channel = 0; channel < weight.channels; ++channel) {
-    char* column = packed + channel / kPanel * kPanel * kStepBytes * weight.steps() +
-                   channel % kPanel * kStepBytes;
-    int64_t first = 0;
-    for (const int64_t part : weight.parts) {
-      for (int64_t tap = 0; tap < weight.taps; ++tap) {
-        for (int64_t i = 0; i < part; ++i) {
-          const float value = values[(channel * inputs + first + i) * weight.taps + tap];
-          char* word = column + i / in_step * kPanel * kStepBytes;
-          if (weight.operand == Operand::float32) {
-            std::memcpy(word, &value, sizeof(value));
-          } else if (weight.operand == Operand::bfloat16) {
-            const uint16_t bits = bfloat_bits(value);
-            std::memcpy(word + i % in_step * 2, &bits, sizeof(bits));
-          } else {
-            word[i % in_step] = static_cast<char>(static_cast<int8_t>(value));
+namespace {
+
+// The word of a step: its numbers, the first one in the lowest bits.
+uint32_t word_of(const float (&values)[1]) {
+  uint32_t bits;
+  std::memcpy(&bits, values, sizeof(bits));
+  return bits;
+}
+uint32_t word_of(const float (&values)[2]) {
+  return bfloat_bits(values[0]) | static_cast<uint32_t>(bfloat_bits(values[1])) << 16;
+}
+uint32_t word_of(const float (&values)[4]) {
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i)
+    word |= static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(values[i]))) << 8 * i;
+  return word;
+}
+
+// One panel, whose channels' values begin at `values`; a step takes so many inputs.
+template <int kStep>
+void pack_panel(const Weight& weight, int64_t channels, const float* values, const Strides& strides,
+                uint32_t* words) {
+  // Inputs that a line of memory holds: each line is read once, whichever way they lie.
+  constexpr int64_t kTogether = 16;
+  for (const int64_t part : weight.parts) {
+    for (int64_t tap = 0; tap < weight.taps; ++tap) {
+      for (int64_t first = 0; first < part; first += kTogether) {
+        const int64_t steps = (std::min(kTogether, part - first) + kStep - 1) / kStep;
+        for (int64_t c = 0; c < channels; ++c) {
+          const float* from = values + tap * strides.tap + c * strides.channel;
+          for (int64_t step = 0; step < steps; ++step) {
+            float inputs[kStep] = {};
+            for (int i = 0; i < kStep; ++i) {
+              const int64_t input = first + step * kStep + i;
+              if (kStep == 1 || input < part) inputs[i] = from[input * strides.input];
+            }
+            words[step * kPanel + c] = word_of(inputs);
           }
         }
-        column += steps_of(weight.operand, part) * kPanel * kStepBytes;
+        for (int64_t step = 0; step < steps; ++step)
+          std::fill(words + step * kPanel + channels, words + (step + 1) * kPanel, 0U);
+        words += steps * kPanel;
       }
-      first += part;
     }
+    values += part * strides.input;
   }
+}
+
+}  // namespace
+
+void pack(const Weight& weight, const float* values, const Strides& strides, char* packed,
+          const ParallelFor& parallel_for) {
+  const auto pack_as = weight.operand == Operand::float32    ? &pack_panel<1>
+                       : weight.operand == Operand::bfloat16 ? &pack_panel<2>
+                                                             : &pack_panel<4>;
+  const int64_t words = kPanel * weight.steps();
+  parallel_for(0, panels_of(weight.channels), 1 + kTaskWork / (words + 1),
+               [&](int64_t from, int64_t to) {
+                 for (int64_t panel = from; panel < to; ++panel) {
+                   const int64_t first = panel * kPanel;
+                   pack_as(weight, std::min(kPanel, weight.channels - first),
+                           values + first * strides.channel, strides,
+                           reinterpret_cast<uint32_t*>(packed) + panel * words);
+                 }
+               });
 }
 
 void Buffer::Free::operator()(char* p) const { std::free(p); }
@@ -250,6 +287,18 @@ void run_tdnn_layer(const TdnnLayer& call, const RealFrames& real, Level level, 
                         multiply(row, first, last, 0, panels);
                       });
         }
+        if (call.mean == nullptr) return;
+        // While the outputs are in the caches.
+        parallel_for(begin * panels, end * panels, 1 + kTaskWork / (kPanel * real.frames + 1),
+                     [&](int64_t from, int64_t to) {
+                       for (int64_t row = from / panels; row * panels < to; ++row) {
+                         const int64_t first = std::max(from - row * panels, int64_t{0}) * kPanel;
+                         const int64_t last = std::min(channels, (to - row * panels) * kPanel);
+                         kernel.moments(call.out.row(row), call.out_element, real.of(row),
+                                        call.mean + row * channels, call.var + row * channels,
+                                        first, last);
+                       }
+                     });
       });
   const int64_t frame_bytes = channels * value_bytes(call.out_element);
   for (int64_t row = 0; row < real.batch; ++row) {

@@ -23,8 +23,13 @@ struct Weight {
   int64_t steps() const;
   int64_t packed_bytes() const { return panels_of(channels) * kPanel * kStepBytes * steps(); }
 };
+// Where the values of a weight lie: distances, in floats, of channels, inputs and taps.
+struct Strides {
+  int64_t channel, input, tap;
+};
 // Values for bytes are whole numbers already.
-void pack(const Weight& weight, const float* values, char* packed);
+void pack(const Weight& weight, const float* values, const Strides& strides, char* packed,
+          const ParallelFor& parallel_for);
 
 // A product with what follows it: arrays of float32 by output channel, null where there is none.
 struct Layer {
@@ -110,6 +115,7 @@ struct TdnnLayer {
   int64_t dilation;
   bool reflect;
   Batch out;
+  float *mean, *var;  // (batch, channels), of the outputs over the real frames of each row; or null
 };
 void run_tdnn_layer(const TdnnLayer& call, const RealFrames& real, Level level, int64_t threads,
                     const ParallelFor& parallel_for);

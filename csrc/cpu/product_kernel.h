@@ -81,6 +81,9 @@ struct ProductKernel {
   // means[c] of `frames` frames for channels [first, last), 0 of none.
   void (*means)(const Frames& from, Element element, int64_t frames, float* means, int64_t first,
                 int64_t last);
+  // The same, and their biased variances.
+  void (*moments)(const Frames& from, Element element, int64_t frames, float* means, float* vars,
+                  int64_t first, int64_t last);
   // out = out * sigmoid(gate[c]) + rest for frames [first, last).
   void (*gate)(const Frames& out, const Frames& rest, Element element, int64_t channels,
                const float* gate, int64_t first, int64_t last);

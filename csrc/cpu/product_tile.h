@@ -115,12 +115,20 @@ void run_panel(const Product& product, int64_t first, int64_t last, int64_t pane
     for (int64_t frame = first; frame < last; frame += kTileRows) {
       const int64_t count = smaller(kTileRows, last - frame);
       ahead.fetch();
+      const auto multiply = [&](auto rows, auto vectors) {
+        tile<Dot, T, rows, vectors>(product, frame, count, channel, columns);
+      };
+      // Frames that a last tile lacks would be multiplied for nothing.
       if (narrow) {
-        tile<Dot, T, kTileRows, 1>(product, frame, count, channel, columns);
-      } else if (count == 1) {
-        tile<Dot, T, 1, kTileColumns>(product, frame, count, channel, columns);
+        multiply(Constant<kTileRows>{}, Constant<1>{});
+      } else if (count > kTileRows - 2) {
+        multiply(Constant<kTileRows>{}, Constant<kTileColumns>{});
+      } else if (count > 2) {
+        multiply(Constant<4>{}, Constant<kTileColumns>{});
+      } else if (count > 1) {
+        multiply(Constant<2>{}, Constant<kTileColumns>{});
       } else {
-        tile<Dot, T, kTileRows, kTileColumns>(product, frame, count, channel, columns);
+        multiply(Constant<1>{}, Constant<kTileColumns>{});
       }
     }
   }
@@ -203,32 +211,53 @@ void turn(const char* from, int64_t stride, Element element, int64_t frames, con
   });
 }
 
-void means(const Frames& from, Element element, int64_t frames, float* out, int64_t first,
-           int64_t last) {
+// out[c] = the mean over `frames` frames of f(value, channel) for channels [first, last), 0 of
+// none.
+template <typename T, typename F>
+[[gnu::always_inline]] inline void average(const Frames& from, int64_t frames, float* out,
+                                           int64_t first, int64_t last, F f) {
   constexpr int kSums = 4;
-  by_activation(element, [&](auto zero) {
-    using T = decltype(zero);
-    const V share = all(frames ? 1.0F / static_cast<float>(frames) : 0.0F);
-    const auto at = [&](int64_t t, int64_t channel) {
-      return reinterpret_cast<const T*>(from.data + t * from.stride) + channel;
-    };
-    int64_t channel = first;
-    for (; channel + kSums * W <= last; channel += kSums * W) {
-      V sums[kSums] = {};
-      for (int64_t t = 0; t < frames; ++t) {
-        each<kSums>([&](auto n) __attribute__((always_inline)) {
-          sums[n] = sums[n] + load(at(t, channel + n * W));
-        });
-      }
+  const V share = all(frames ? 1.0F / static_cast<float>(frames) : 0.0F);
+  const auto at = [&](int64_t t, int64_t channel) {
+    return reinterpret_cast<const T*>(from.data + t * from.stride) + channel;
+  };
+  int64_t channel = first;
+  for (; channel + kSums * W <= last; channel += kSums * W) {
+    V sums[kSums] = {};
+    for (int64_t t = 0; t < frames; ++t) {
       each<kSums>([&](auto n) __attribute__((always_inline)) {
-        store(out + channel + n * W, sums[n] * share);
+        sums[n] = sums[n] + f(load(at(t, channel + n * W)), channel + n * W, Whole{});
       });
     }
-    extent_of(last - channel).each([&](int64_t i, auto width) __attribute__((always_inline)) {
-      V sum = {};
-      for (int64_t t = 0; t < frames; ++t) sum = sum + width.read(at(t, channel + i * W), V{});
-      width.write(out + channel + i * W, sum * share);
+    each<kSums>([&](auto n) __attribute__((always_inline)) {
+      store(out + channel + n * W, sums[n] * share);
     });
+  }
+  extent_of(last - channel).each([&](int64_t i, auto width) __attribute__((always_inline)) {
+    const int64_t c = channel + i * W;
+    V sum = {};
+    for (int64_t t = 0; t < frames; ++t) sum = sum + f(width.read(at(t, c), V{}), c, width);
+    width.write(out + c, sum * share);
+  });
+}
+
+void means(const Frames& from, Element element, int64_t frames, float* out, int64_t first,
+           int64_t last) {
+  by_activation(element, [&](auto zero) {
+    average<decltype(zero)>(from, frames, out, first, last,
+                            [](V v, int64_t, auto) __attribute__((always_inline)) { return v; });
+  });
+}
+
+void moments(const Frames& from, Element element, int64_t frames, float* mean, float* var,
+             int64_t first, int64_t last) {
+  means(from, element, frames, mean, first, last);
+  by_activation(element, [&](auto zero) {
+    average<decltype(zero)>(from, frames, var, first, last,
+                            [&](V v, int64_t channel, auto width) __attribute__((always_inline)) {
+                              const V far = v - width.read(mean + channel, V{});
+                              return far * far;
+                            });
   });
 }
 

@@ -19,7 +19,8 @@ Tensor product_pack(const Tensor& weight, const std::vector<int64_t>& parts, int
   const Weight form = {operand_of(precision), weight.size(0), weight.size(2), parts};
   const Tensor values = torch::stable::contiguous(weight);
   Tensor packed = torch::stable::new_empty(weight, {form.packed_bytes()}, ScalarType::Byte);
-  pack(form, values.const_data_ptr<float>(), static_cast<char*>(packed.mutable_data_ptr()));
+  pack(form, values.const_data_ptr<float>(), {weight.size(1) * weight.size(2), weight.size(2), 1},
+       static_cast<char*>(packed.mutable_data_ptr()), kParallelFor);
   return packed;
 }
 
@@ -61,7 +62,9 @@ Tensor tdnn_layer(const std::vector<Tensor>& x, const Tensor& weight, const Tens
                     .offset = added ? added->const_data_ptr<float>() : nullptr,
                     .dilation = integers[2],
                     .reflect = integers[3] != 0,
-                    .out = batch_of(out)};
+                    .out = batch_of(out),
+                    .mean = nullptr,
+                    .var = nullptr};
   for (const Tensor& part : inputs) call.inputs.push_back(batch_of(part));
   run_tdnn_layer(call, real_frames(x[0], counts), level(), torch::stable::get_num_threads(),
                  kParallelFor);

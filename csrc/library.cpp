@@ -11,6 +11,14 @@ STABLE_TORCH_LIBRARY(spkfast, m) {
   m.def("attentive_stats_pool_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor? logits, Tensor? lengths, Tensor mean, Tensor var, Tensor highest, Tensor total) -> (Tensor grad_x, Tensor grad_logits)");
   m.def("attentive_stats_pool_from_hidden(Tensor x, Tensor hidden, Tensor weight, Tensor bias, Tensor? lengths) -> (Tensor mean, Tensor var, Tensor highest, Tensor total)");
   m.def("attentive_stats_pool_from_hidden_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor hidden, Tensor weight, Tensor bias, Tensor? lengths, Tensor mean, Tensor var, Tensor highest, Tensor total) -> (Tensor grad_x, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  m.def("channel_affine(Tensor x, Tensor scale, Tensor shift, Tensor? added, bool plain) -> (Tensor y, Tensor total)");
+  m.def("channel_affine_backward(Tensor? grad_y, Tensor? grad_total, Tensor x, Tensor scale) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)");
+  m.def("conv_batch_norm(Tensor[] x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? added, int[] integers, float eps) -> (Tensor out, Tensor total, Tensor y, Tensor mean, Tensor var)");
+  m.def("conv_batch_norm_backward(Tensor? grad_out, Tensor? grad_total, Tensor y, Tensor mean, Tensor var, Tensor? gamma, float eps) -> (Tensor grad, Tensor grad_bias, Tensor grad_gamma, Tensor grad_beta)");
+  m.def("conv_input_gradient(Tensor grad, Tensor weight, int[] integers) -> Tensor");
+  m.def("conv_relu(Tensor[] x, Tensor weight, Tensor? bias, int[] integers) -> (Tensor y, Tensor mean, Tensor var)");
+  m.def("conv_relu_backward(Tensor? grad_y, Tensor? grad_mean, Tensor? grad_var, Tensor y, Tensor mean) -> (Tensor grad, Tensor grad_bias)");
+  m.def("conv_weight_gradient(Tensor[] x, Tensor grad, int[] integers) -> Tensor");
   m.def("log_mel_fbank(Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, Tensor? cosines, Tensor? seeds, Tensor? masks, int[] integers, float[] floats, ScalarType dtype, bool validate) -> (Tensor features, Tensor frame_lengths)");
   m.def("log_mel_fbank_backward(Tensor grad, Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, Tensor? cosines, Tensor? seeds, Tensor? masks, int[] integers, float[] floats, ScalarType dtype, bool validate) -> Tensor");
   m.def("product_pack(Tensor weight, int[] parts, int precision) -> Tensor");

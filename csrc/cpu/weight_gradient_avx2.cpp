@@ -1,0 +1,12 @@
+#include "simd/avx2.h"
+// The vectors come first.
+#include "weight_gradient_tile.h"
+
+namespace spkfast::cpu {
+
+const WeightGradientKernel& weight_gradient_avx2() {
+  static constexpr WeightGradientKernel kernel = {&turn, &pack, &run, &finish};
+  return kernel;
+}
+
+}  // namespace spkfast::cpu

@@ -173,7 +173,8 @@ class _Check:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
             command = ["-m", "pytest", "-p", "benchmarks.checkout", "-p", "no:cacheprovider", "-q", "-m", "gpu"]
-            command += [f"--junitxml={report}", f"tests/ops/test_{op}.py"]
+            files = (f"tests/ops/test_{op}{part}.py" for part in ("", "_triton"))
+            command += [f"--junitxml={report}", *(file for file in files if (ROOT / file).exists())]
             code, output = self._run(command, require)
             outcomes: dict[str, Any] = {"passed": [], "failed": [], "skipped": []}
             if report.exists():

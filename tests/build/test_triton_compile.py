@@ -66,6 +66,18 @@ _FP32 |= dict.fromkeys(("_product_kernel", "_chain_kernel"), "FP32_TILE")
 _MIXED: dict[str, Any] = dict.fromkeys(("x_0", "x_1", "x_2", "hidden", "chained"), "*fp32") | {"UNIT": 4}
 _UNALIGNED: dict[str, Any] = dict.fromkeys(("UNIT", "WEIGHT_UNIT"), 1)
 _UNALIGNED |= dict.fromkeys(("_product_kernel", "_chain_kernel"), "UNALIGNED_TILE")
+# Of training: batch norm is apart from it.
+_CONVOLUTION: dict[str, Any] = {"PARTS": 3, "POINT": False, "REFLECT": True, "AFFINE": False}
+
+# Training: bfloat16 with loads of 16 bytes, all that there can be, unless a form says otherwise.
+_TRAIN: dict[str, Any] = dict.fromkeys(("GRAD", "MEAN", "VAR", "PLAIN", "ADDED", "REFLECT"), True)
+_TRAIN |= {"GRADS": 2, "UNIT": 8}
+_TRAIN_VALUES = ("x", "y", "grad", "other", "out", "other_out")
+_TRAIN_TYPES: dict[str, Any] = {
+    **dict.fromkeys(_TRAIN_VALUES, "*bf16"),
+    **dict.fromkeys(("mean", "grad_mean", "grad_var", "scale", "shift", "sums", "other_sums"), "*fp32"),
+}
+_TRAIN_FP32: dict[str, Any] = dict.fromkeys(_TRAIN_VALUES, "*fp32") | {"UNIT": 4}
 
 # By op: types of its kernels' arguments (integers where not named), those that are multiples of 16 at every launch, by
 # kernel the name of its tile, and the settings to compile each kernel with: constants, types that differ, another TILE
@@ -87,6 +99,8 @@ _OPS: dict[str, dict[str, Any]] = {
                 {"LOGITS": 1},
                 _HALF | _LAST | {"LOGITS": 1},
                 {"LOGITS": 0},
+                _LAST | {"LOGITS": 0, "RAGGED": False},
+                _HALF | _LAST | {"LOGITS": 0, "RAGGED": False},
             )
         ],
     },
@@ -118,6 +132,8 @@ _OPS: dict[str, dict[str, Any]] = {
                 _FP32 | {"RAGGED": True, "SUMS": True, "COUNTED": True},
                 _EVERYTHING | _UNALIGNED,
                 _EVERYTHING | _FP32 | _UNALIGNED,
+                *(_CONVOLUTION | form for form in ({}, _FP32, _MIXED | {"_product_kernel": "_MIXED_TILE"}, _UNALIGNED)),
+                *(_CONVOLUTION | {"RELU": False, "PARTS": 1} | form for form in ({}, _FP32)),
             )
         ],
     },
@@ -141,6 +157,24 @@ _OPS: dict[str, dict[str, Any]] = {
                 _EVERYTHING | _FP32,
                 _EVERYTHING | _UNALIGNED,
                 _EVERYTHING | _FP32 | _UNALIGNED,
+            )
+        ],
+    },
+    "tdnn_training": {
+        "types": _TRAIN_TYPES,
+        "aligned": [],
+        "kernels": dict.fromkeys(
+            ("_relu_gradient_kernel", "_affine_kernel", "_affine_gradient_kernel", "_taps_kernel"), "_TILE"
+        ),
+        "settings": [
+            _TRAIN | form
+            for form in (
+                {},
+                {"MEAN": False, "VAR": False, "PLAIN": False, "GRADS": 1, "REFLECT": False},
+                {"GRAD": False, "ADDED": False, "GRADS": 0, "x": "*fp32", "UNIT": 4},
+                {"UNIT": 1},
+                _TRAIN_FP32,
+                _TRAIN_FP32 | {"UNIT": 1},
             )
         ],
     },

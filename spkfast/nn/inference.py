@@ -1,4 +1,4 @@
-"""Layers whose inference runs on the kernels of the ops: when that applies, packed weights, precision, calibration."""
+"""Layers that run on the kernels of the ops: when that applies, packed weights, precision, calibration."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spkfast import backends
 from spkfast.errors import InputError, check_name
+from spkfast.nn.training import Kernels
 from spkfast.ops._packing import PRECISIONS, Range, checked_range
 from spkfast.reference import Precision, TdnnParams
 
@@ -25,6 +26,8 @@ _TYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 _PRODUCTS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "bf16", "fp16")}
+# Whose kernels train.
+_TRAINS = {"cpu": "native", "cuda": "triton"}
 _PLAIN = (Tensor, nn.Parameter)
 # Of the modules of torch that the kernels replace, and of a ModuleList.
 _FORWARDS = frozenset(
@@ -36,6 +39,7 @@ _FORWARDS = frozenset(
         nn.ModuleList.forward,
     )
 )
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 _OF_TYPE: Mapping[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -112,36 +116,88 @@ class InferenceLayer(nn.Module):
         return _OF_TYPE.get(x.dtype, "fp32")
 
     def weights_for_kernels(self, x: Tensor, *others: Tensor) -> list[Tensor] | None:
-        """All parameters and buffers where the kernels apply to these inputs, else None."""
+        """All parameters and buffers where the kernels of inference apply to these inputs, else None."""
         if (
             self.training
-            or type(x) is not Tensor
-            or any(type(other) is not Tensor or other.dtype != x.dtype for other in others)
-            or x.dtype not in _TYPES.get(x.device.type, ())
             or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or forward_ad._current_level >= 0
-            or nn_module._global_forward_hooks
-            or nn_module._global_forward_pre_hooks
+            or not _can_run_kernels(x, *others)
             or backends.resolve(x.device, "auto", self.op) == "reference"
             or self.products_at(x) not in _PRODUCTS[x.device.type]
         ):
             return None
-        inside = self.__dict__.get("_inside")
-        if inside is None or inside.changed():
-            # A number of a module, which is no tensor, may be what changed.
-            self.__dict__.pop("_kept", None)
-            inside = self.__dict__["_inside"] = _Inside(self)
-        if inside.unknown is not None or inside.is_watched():
+        inside = self._known_inside(evaluating=True)
+        if inside is None:
             return None
-        tensors: list[Tensor] = inside.tensors
+        tensors = inside.tensors
         if tensors and tensors[0].device != x.device:
             return None
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others, *tensors)):
             return None
         return tensors
+
+    def kernels_for_training(self, x: Tensor, *others: Tensor) -> Kernels | None:
+        """The kernels that train on these inputs, all rows of which have all frames; else None.
+
+        Training is what wants a gradient, or the statistics of a batch.
+        """
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        precision = _OF_TYPE.get(torch.get_autocast_dtype(device)) if autocast else "fp32"
+        backend = _TRAINS.get(device)
+        if (
+            backend is None
+            or precision not in _PRODUCTS[device]
+            or x.numel() < 2 * x.shape[1]  # of one value a channel there is no variance, and torch says so
+            or not (autocast or x.dtype == torch.float32)
+            or not _can_run_kernels(x, *others, of_one_type=not autocast)
+            or backends.resolve(x.device, "auto", "tdnn_layer") != backend
+        ):
+            return None
+        if not self.training and not (
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others, *self.parameters()))
+        ):
+            return None
+        compiles = torch.compiler.is_compiling()
+        known = self._known_to_compiler() if compiles else self._known_inside(evaluating=False) is not None
+        if not known or any(value.dtype != torch.float32 or value.device != x.device for value in self.parameters()):
+            return None
+        return Kernels(precision, backend)
+
+    def _known_inside(self, *, evaluating: bool) -> _Inside | None:
+        """What lies inside, where the kernels can stand for all of it."""
+        inside = self.__dict__.get("_inside")
+        if inside is None or inside.changed():
+            # A number of a module, which is no tensor, may be what changed.
+            self.__dict__.pop("_kept", None)
+            inside = self.__dict__["_inside"] = _Inside(self)
+        return None if inside.unknown is not None or inside.is_watched(evaluating) else inside
+
+    def _known_to_compiler(self) -> bool:
+        """The same, in words that torch.compile can follow."""
+        return all(
+            part is self or (_is_known(type(part)) and not any(getattr(part, hooks) for hooks in _HOOKS))
+            for part in self.modules()
+        )
+
+
+def _can_run_kernels(x: Tensor, *others: Tensor, of_one_type: bool = True) -> bool:
+    """Whether inputs are such that kernels read them, and nothing but autograd watches what is computed."""
+    types = _TYPES.get(x.device.type, ())
+    if torch.compiler.is_compiling():
+        return all(part.dtype in types for part in (x, *others))
+    return not (
+        type(x) is not Tensor
+        or any(type(other) is not Tensor or (of_one_type and other.dtype != x.dtype) for other in others)
+        or any(part.dtype not in types for part in (x, *others))
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 class _Inside:
@@ -192,13 +248,16 @@ class _Inside:
                 return True
         return False
 
-    def is_watched(self) -> bool:
-        """Whether a hook wants to see a module inside, or one is in training mode or has a forward of its own."""
+    def is_watched(self, evaluating: bool) -> bool:
+        """Whether a hook wants to see a module inside, or one has a forward of its own or, where all should be in
+        evaluation mode, is in training mode."""
         for of_module in self._modules:
             if (
                 of_module["_forward_hooks"]
                 or of_module["_forward_pre_hooks"]
-                or of_module["training"]
+                or of_module["_backward_hooks"]
+                or of_module["_backward_pre_hooks"]
+                or (evaluating and of_module["training"])
                 or "forward" in of_module
             ):
                 return True

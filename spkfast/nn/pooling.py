@@ -13,6 +13,7 @@ from spkfast.errors import InputError
 from spkfast.functional import weighted_moments, weighted_moments_from_hidden
 from spkfast.nn.inference import InferenceLayer, has_inference_form, inference_params
 from spkfast.ops._attentive_pooling import PackedAttention, attentive_moments, fits
+from spkfast.ops._tdnn_training import conv_relu
 from spkfast.ops.attentive_stats_pool import Moments, check_frames, check_lengths
 from spkfast.ops.tdnn_layer import pack_tdnn_layer, run_packed_layer
 from spkfast.reference import TdnnParams
@@ -240,10 +241,10 @@ class AttentiveStatsPool(Pooling):
             std = self.form.context.of(var, _num_frames(var, x, lengths))
             _, of_mean, of_std = weight[..., 0].to(mean.dtype).split(self.channels, dim=1)
             share = F.linear(mean, of_mean, None if bias is None else bias.to(mean.dtype)) + F.linear(std, of_std)
-            hidden = _product(x, weight[:, : self.channels])
+            hidden = self._hidden(x, weight[:, : self.channels], None, lengths)
             hidden = hidden + share.to(hidden.dtype)[..., None]
         else:
-            hidden = _product(x, weight, bias)
+            hidden = self._hidden(x, weight, bias, lengths)
         if self.form.relu:
             hidden = F.relu(hidden)
         if self.bn is not None:
@@ -257,6 +258,15 @@ class AttentiveStatsPool(Pooling):
             weight, bias = self.fc2.weight.to(hidden.dtype), self.fc2.bias.to(hidden.dtype)
             moments = weighted_moments_from_hidden(x, hidden, weight, bias, lengths)
         return _mean_and_std(moments, self.form.deviation if self.with_std else None)
+
+    def _hidden(self, x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """The product of the hidden layer."""
+        kernels = self.kernels_for_training(x) if lengths is None else None
+        if kernels is None:
+            return _product(x, weight, bias)
+        return conv_relu(
+            [x], weight, bias, precision=kernels.precision, moments=False, relu=False, backend=kernels.backend
+        )[0]
 
     def _pool_by_kernels(self, x: Tensor, lengths: Tensor | None, tensors: list[Tensor]) -> Tensor:
         precision = self.products_at(x)

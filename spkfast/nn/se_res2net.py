@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from spkfast.errors import InputError
 from spkfast.functional import weighted_moments
 from spkfast.nn.inference import InferenceLayer, has_inference_form, inference_params
+from spkfast.nn.training import Kernels, activate, normalise
+from spkfast.ops._tdnn_training import channel_affine
 from spkfast.ops.se_res2net_block import BlockForm, pack_block, run_packed_block
 from spkfast.ops.tdnn_layer import pack_tdnn_layer, run_packed_layer
 from spkfast.reference import SERes2NetParams
@@ -117,6 +119,9 @@ class TdnnLayer(InferenceLayer):
                 dilation=self.conv.dilation[0],
                 reflect=self.reflect,
             )
+        kernels = self.kernels_for_training(*inputs) if frames is None else None
+        if kernels is not None and self.conv.groups == 1:
+            return self.train_on(inputs, kernels)[0]
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
         if self.precision != "fp32":  # a layer before it ran on its kernels
             x = x.to(self.conv.weight.dtype)
@@ -126,6 +131,12 @@ class TdnnLayer(InferenceLayer):
             x = x * frames.mask
         x = F.relu(self.conv(x))
         return x if self.bn is None else self.bn(x)
+
+    def train_on(
+        self, inputs: Sequence[Tensor], kernels: Kernels, added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The layer, and the sum of its output and another tensor, to train on."""
+        return normalise(self.conv, self.bn, inputs, kernels, reflect=self.reflect, added=added)
 
 
 class Res2Conv(nn.ModuleList):
@@ -191,10 +202,14 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor, frames: Frames | None = None) -> Tensor:
         """(B, C, T) to (B, C, T)."""
-        hidden = F.relu(_linear(self.fc1, masked_mean(x, frames)))
+        return x * self.gates(masked_mean(x, frames))[..., None]
+
+    def gates(self, means: Tensor) -> Tensor:
+        """Of the means of channels: (B, C) to (B, C)."""
+        hidden = F.relu(_linear(self.fc1, means))
         if self.bn is not None:
             hidden = self.bn(hidden)
-        return x * torch.sigmoid(_linear(self.fc2, hidden))[..., None]
+        return torch.sigmoid(_linear(self.fc2, hidden))
 
 
 class SERes2NetBlock(InferenceLayer):
@@ -290,10 +305,32 @@ class SERes2NetBlock(InferenceLayer):
                 first.conv.kernel_size[0],
                 first.conv.dilation[0],
             )
+        kernels = self.kernels_for_training(x) if frames is None and padding is None else None
+        if kernels is not None and all(layer.bn is not None and layer.conv.groups == 1 for layer in layers):
+            return self.train_on(x, kernels)
         if self.precision != "fp32":
             x = x.to(self.in_.conv.weight.dtype)
         y = self.out(self.res(self.in_(x), padding))
         return self.se(y, frames) + (x if self.shortcut is None else self.shortcut(x))
+
+    def train_on(self, x: Tensor, kernels: Kernels) -> Tensor:
+        """The block of rows all of whose frames are real, in as few passes over them as batch norm allows."""
+        groups = list(self.in_.train_on([x], kernels)[0].split(self.res.width, dim=1))
+        passed = groups.pop(0 if self.res.first_passes else -1)
+        outputs: list[Tensor] = []
+        total = groups[0] if groups else passed
+        for layer, following in zip(self.res, [*groups[1:], None], strict=True):
+            output, total = cast(TdnnLayer, layer).train_on([total], kernels, following)
+            outputs.append(output)
+        outputs.insert(0 if self.res.first_passes else len(outputs), passed)
+        out = activate(self.out.conv, self.out.bn, outputs, kernels, reflect=False, moments=True)
+        assert out.moments is not None and out.scale is not None and out.shift is not None
+        gates = self.se.gates(out.moments.mean * out.scale + out.shift).float()
+        rest = x if self.shortcut is None else self.shortcut(x)
+        rest = rest.to(out.y.dtype)
+        return channel_affine(out.y, out.scale * gates, out.shift * gates, rest, plain=False, backend=kernels.backend)[
+            1
+        ]
 
 
 def _obstacle(layers: Sequence[Any], norms: Sequence[nn.Module | None]) -> str | None:

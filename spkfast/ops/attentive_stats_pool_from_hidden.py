@@ -12,9 +12,11 @@ from spkfast import backends, reference
 from spkfast.backends import Backend
 from spkfast.errors import InputError
 from spkfast.ops._registration import register_with_backward
+from spkfast.ops._tdnn_training import conv_relu
 from spkfast.ops.attentive_stats_pool import (
     Moments,
     Stats,
+    channels_last,
     check_device,
     check_floating,
     check_frames,
@@ -117,17 +119,45 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     return (
         empty_gradient(x),
-        hidden.new_empty(hidden.shape),
+        empty_gradient(hidden),
         weight.new_empty(weight.shape),
         bias.new_empty(bias.shape),
     )
 
 
-def _product(weight: Tensor, x: Tensor) -> Tensor:
-    """weight (C, H) times x (B, H, T)."""
-    if x.device.type == "cpu":  # oneDNN is up to twice as fast at it as MKL
-        return F.conv1d(x, weight[..., None])
-    return torch.matmul(weight, x)
+class _Products:
+    """Products of the attention with a weight (C, H), in the layout of what they multiply."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, hidden: Tensor) -> None:
+        self.weight, self.bias = weight.float(), bias.float()
+        # The kernels take channels that lie side by side, and multiply their gradients as they come: two of bfloat16 at
+        # a time.
+        self.by_kernels = hidden.device.type == "cpu" and channels_last(hidden)
+        self.code = int(hidden.dtype == torch.bfloat16)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, H, T) to (B, C, T), float32."""
+        if self.by_kernels:
+            return conv_relu([hidden.float()], self.weight[..., None], self.bias, moments=False, relu=False)[0]
+        return self._multiplied(self.weight, hidden.float()).add_(self.bias[:, None])
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Of the hidden layer: (B, C, T) to (B, H, T)."""
+        if self.by_kernels:
+            return torch.ops.spkfast.conv_input_gradient(grad, self.weight[..., None], [self.code, 1])
+        return self._multiplied(self.weight.T, grad)
+
+    def weight_gradient(self, grad: Tensor, hidden: Tensor) -> Tensor:
+        """(B, C, T) and (B, H, T) to (C, H), float32."""
+        if self.by_kernels:
+            return torch.ops.spkfast.conv_weight_gradient([hidden], grad, [1, 1, 0, self.code])[..., 0]
+        return torch.matmul(grad, hidden.float().transpose(1, 2)).sum(dim=0)
+
+    @staticmethod
+    def _multiplied(weight: Tensor, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":  # oneDNN is up to twice as fast at it as MKL
+            return F.conv1d(x, weight[..., None])
+        return torch.matmul(weight, x)
 
 
 def _formula(backend: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -144,9 +174,9 @@ def _formula(backend: str) -> Callable[..., tuple[Tensor, ...]]:
         op = "attentive_stats_pool_backward" if backend == "native" else "attentive_stats_pool_triton_backward"
         pool_backward = getattr(torch.ops.spkfast, op)
         batch, channels, frames = x.shape
-        grad_x, grad_hidden = empty_gradient(x), hidden.new_empty(hidden.shape)
-        weight32, bias32 = weight.float(), bias.float()[:, None]
-        grad_weight = weight32.new_zeros(weight32.shape)
+        grad_x, grad_hidden = empty_gradient(x), empty_gradient(hidden)
+        products = _Products(weight, bias, hidden)
+        grad_weight = products.weight.new_zeros(weight.shape)
         row_bytes = 2 * 4 * channels * frames
         if not channels * frames:
             return grad_x, grad_hidden.zero_(), grad_weight.to(weight.dtype), bias.new_zeros(bias.shape)
@@ -155,18 +185,18 @@ def _formula(backend: str) -> Callable[..., tuple[Tensor, ...]]:
             hidden = hidden.masked_fill(torch.arange(frames, device=x.device) >= lengths[:, None, None], 0)
         for start in range(0, batch, rows):
             part = slice(start, start + rows)
-            units = hidden[part].float()
+            units = hidden[part]
             grad_part, grad_logits = pool_backward(
                 grad_mean[part],
                 grad_var[part],
                 x[part].float(),
-                _product(weight32, units).add_(bias32),
+                products.logits(units),
                 None if lengths is None else lengths[part],
                 *(output[part] for output in outputs),
             )
             grad_x[part] = grad_part
-            grad_hidden[part] = _product(weight32.T, grad_logits)
-            grad_weight += torch.matmul(grad_logits, units.transpose(1, 2)).sum(dim=0)
+            grad_hidden[part] = products.gradient(grad_logits)
+            grad_weight += products.weight_gradient(grad_logits, units)
         # A softmax over time does not see what it adds to all frames alike.
         return grad_x, grad_hidden, grad_weight.to(weight.dtype), bias.new_zeros(bias.shape)
 

@@ -83,11 +83,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu(const std::vector<Tensor>& x, const
                                              const MaybeTensor& bias,
                                              const std::vector<int64_t>& integers) {
   check(!x.empty(), "x must have at least one tensor");
-  check(integers.size() == 5, "conv_relu takes 5 integers, got ", integers.size());
+  check(integers.size() == 6, "conv_relu takes 6 integers, got ", integers.size());
   check_shape("x", x[0], {-1, -1, -1});
   check_shape("weight", weight, {-1, -1, -1});
   check_dtype("weight", weight, ScalarType::Float);
   check(weight.size(2) % 2 == 1, "taps must be odd, got ", weight.size(2));
+  check(integers[1] >= 1, "dilation must be at least 1, got ", integers[1]);
   const int64_t batch = x[0].size(0), channels = weight.size(0), frames = x[0].size(2);
   const Tensor values = torch::stable::contiguous(weight);
   Weight form = {trained(integers[0]), channels, weight.size(2), {}};
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu(const std::vector<Tensor>& x, const
   }
   check(all == weight.size(1), "x must have ", weight.size(1), " channels, got ", all);
   const auto added = channel_vector("bias", bias, channels);
-  const Element out_element = element_of(form.operand);
+  const Element out_element = integers[5] ? Element::float32 : element_of(form.operand);
   const Tensor y = empty_frames(x[0], channels, type_of(out_element));
   const bool moments = integers[3] != 0;
   const Tensor mean = empty_vectors(y, moments ? batch : 0, channels);
@@ -132,6 +133,7 @@ Tensor conv_input_gradient(const Tensor& grad, const Tensor& weight,
   const int64_t outputs = weight.size(0), channels = weight.size(1), taps = weight.size(2);
   check_shape("grad", grad, {-1, outputs, -1});
   check(taps % 2 == 1, "taps must be odd, got ", taps);
+  check(integers[1] >= 1, "dilation must be at least 1, got ", integers[1]);
   const Weight form = {trained(integers[0]), channels, taps, {outputs}};
   const Tensor values = torch::stable::contiguous(weight);
   const Tensor given = channels_side_by_side(grad);
@@ -213,6 +215,8 @@ std::tuple<Tensor, Tensor> channel_affine(const Tensor& x, const Tensor& scale, 
   const BatchSize size = size_of(x);
   const Tensor values = channels_side_by_side(x);
   const Tensor by = factors("scale", scale, size), plus = factors("shift", shift, size);
+  check(by.size(0) == plus.size(0), "scale and shift must have the same rows, got ", by.size(0),
+        " and ", plus.size(0));
   const auto rest = like("added", added, x);
   const auto made = [&](bool wanted) {
     return wanted ? empty_frames(x, size.channels, x.scalar_type())
@@ -281,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_batch_norm(
     const std::vector<int64_t>& integers, double eps) {
   check(integers.size() == 4, "conv_batch_norm takes 4 integers, got ", integers.size());
   const auto [y, means, vars] =
-      conv_relu(x, weight, bias, {integers[0], integers[1], integers[2], 1, 1});
+      conv_relu(x, weight, bias, {integers[0], integers[1], integers[2], 1, 1, 0});
   const BatchSize size = size_of(y);
   check(size.rows * size.frames > 0, "x must have frames, got shape ", shape_text(x[0]));
   const auto factor = channel_vector("gamma", gamma, size.channels);

@@ -183,9 +183,9 @@ def conv_relu(
         weight: Shape (N, C, K), K odd, float32.
         bias: Float32, shape (N,), or None.
         integers: Precision, dilation, and whether to reflect, to take moments (without, these have shape (0, N)), and
-            to apply ReLU.
+            to apply ReLU; and whether to give float32 whatever is multiplied.
     """
-    precision, dilation, reflect, moments, relu = integers
+    precision, dilation, reflect, moments, relu, wide = integers
     inputs = _inputs(x)
     outputs, channels, taps = weight.shape
     # Rows by input, tap and channel, in this order.
@@ -193,7 +193,7 @@ def conv_relu(
     sizes = [part.shape[1] for part in inputs]
     for rows, part in zip(matrix.split([taps * size for size in sizes]), weight.split(sizes, dim=1), strict=True):
         rows.unflatten(0, (taps, -1)).copy_(part.permute(2, 1, 0))
-    y = empty_frames(inputs[0], outputs, matrix.dtype)
+    y = empty_frames(inputs[0], outputs, torch.float32 if wide else matrix.dtype)
     vector = weight.new_zeros(outputs) if bias is None else bias.contiguous()
     multiply(
         inputs, matrix, vector, None, y,

@@ -146,7 +146,10 @@ class InferenceLayer(nn.Module):
         backend = _TRAINS.get(device)
         if (
             backend is None
+            or torch.jit.is_tracing()
+            or torch.compiler.is_exporting()
             or precision not in _PRODUCTS[device]
+            or x.ndim != 3
             or x.numel() < 2 * x.shape[1]  # of one value a channel there is no variance, and torch says so
             or not (autocast or x.dtype == torch.float32)
             or not _can_run_kernels(x, *others, of_one_type=not autocast)
@@ -175,7 +178,12 @@ class InferenceLayer(nn.Module):
     def _known_to_compiler(self) -> bool:
         """The same, in words that torch.compile can follow."""
         return all(
-            part is self or (_is_known(type(part)) and not any(getattr(part, hooks) for hooks in _HOOKS))
+            part is self
+            or (
+                _is_known(type(part))
+                and "forward" not in part.__dict__
+                and not any(getattr(part, hooks) for hooks in _HOOKS)
+            )
             for part in self.modules()
         )
 

@@ -315,11 +315,14 @@ class SERes2NetBlock(InferenceLayer):
 
     def train_on(self, x: Tensor, kernels: Kernels) -> Tensor:
         """The block of rows all of whose frames are real, in as few passes over them as batch norm allows."""
-        groups = list(self.in_.train_on([x], kernels)[0].split(self.res.width, dim=1))
+        inner = self.in_.train_on([x], kernels)[0].transpose(1, 2)
+        # So split, the gradients of the groups come together with channels side by side.
+        groups = [group.transpose(1, 2) for group in inner.split(self.res.width, dim=2)]
         passed = groups.pop(0 if self.res.first_passes else -1)
         outputs: list[Tensor] = []
         total = groups[0] if groups else passed
-        for layer, following in zip(self.res, [*groups[1:], None], strict=True):
+        for j, layer in enumerate(self.res, start=1):
+            following = groups[j] if j < len(groups) else None
             output, total = cast(TdnnLayer, layer).train_on([total], kernels, following)
             outputs.append(output)
         outputs.insert(0 if self.res.first_passes else len(outputs), passed)
@@ -327,10 +330,11 @@ class SERes2NetBlock(InferenceLayer):
         assert out.moments is not None and out.scale is not None and out.shift is not None
         gates = self.se.gates(out.moments.mean * out.scale + out.shift).float()
         rest = x if self.shortcut is None else self.shortcut(x)
-        rest = rest.to(out.y.dtype)
-        return channel_affine(out.y, out.scale * gates, out.shift * gates, rest, plain=False, backend=kernels.backend)[
-            1
-        ]
+        scale, shift, same = out.scale * gates, out.shift * gates, rest.dtype == out.y.dtype
+        gated, total = channel_affine(
+            out.y, scale, shift, rest if same else None, plain=not same, backend=kernels.backend
+        )
+        return total if same else gated + rest  # in the wider type, as of the modules under autocast
 
 
 def _obstacle(layers: Sequence[Any], norms: Sequence[nn.Module | None]) -> str | None:

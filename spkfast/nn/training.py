@@ -141,7 +141,7 @@ def coefficients(bn: Any, moments: RowMoments | None, frames: int) -> tuple[Tens
         mean = moments.mean.mean(dim=0)
         var = (moments.var + (moments.mean - mean).square()).mean(dim=0)
         values: Any = moments.mean.shape[0] * frames
-        if isinstance(bn, nn.SyncBatchNorm) and bn.training and distributed.is_initialized():
+        if isinstance(bn, nn.SyncBatchNorm) and bn.training and _is_distributed():
             mean, var, values = _of_all_processes(mean, var, values, bn.process_group)
         _follow(bn, mean.detach(), var.detach(), values)
     scale = (var + bn.eps).rsqrt()
@@ -158,10 +158,16 @@ def _follow(bn: Any, mean: Tensor, var: Tensor, values: Any) -> None:
     if not (bn.training and bn.track_running_stats):
         return
     with torch.no_grad():
-        bn.num_batches_tracked.add_(1)
-        share = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
+        share = 0.0 if bn.momentum is None else bn.momentum
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+            share = 1 / bn.num_batches_tracked if bn.momentum is None else share
         bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), share)
         bn.running_var.lerp_((var * (values / (values - 1))).to(bn.running_var.dtype), share)
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _of_all_processes(mean: Tensor, var: Tensor, values: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:

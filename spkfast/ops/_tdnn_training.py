@@ -1,7 +1,7 @@
 """What TDNN layers are trained with: convolution and ReLU with moments, and the affine map that follows them.
 
-Both are ops with a gradient; all between them, as the statistics of batch norm and the gates of squeeze-and-excitation,
-is a few values a channel, and plain torch.
+Both are ops with a gradient, and on a CPU both with batch norm between them are one. All else between them, as the
+gates of squeeze-and-excitation or statistics that processes share, is a few values a channel, and plain torch.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def conv_relu(
     precision: Precision = "fp32",
     moments: bool = True,
     relu: bool = True,
+    wide: bool = False,
     backend: str = "native",
 ) -> tuple[Tensor, RowMoments | None]:
     """ReLU of a convolution of the inputs one after the other, and the moments of each row over its frames.
@@ -51,12 +52,18 @@ def conv_relu(
         precision: What is multiplied, in the gradients too: ``fp32``, ``bf16`` or (on a GPU) ``fp16``.
         moments: Whether moments are wanted; only with ReLU.
         relu: Apply ReLU.
+        wide: Give float32 whatever is multiplied.
         backend: ``native`` on a CPU, ``triton`` on a GPU.
 
     Returns:
         Shape (B, N, T), channels side by side, in the type of the product; and the moments of it.
+
+    Raises:
+        InputError: If moments are wanted without ReLU.
     """
-    integers = [code_of(precision), dilation, int(reflect), int(moments), int(relu)]
+    if moments and not relu:
+        raise InputError("moments are those of ReLU: give moments=False with relu=False")
+    integers = [code_of(precision), dilation, int(reflect), int(moments), int(relu), int(wide)]
     y, mean, var = _op("conv_relu", backend)(list(x), weight, bias, integers)
     return y, RowMoments(mean, var) if moments else None
 
@@ -157,7 +164,9 @@ def _conv_relu_gradient(
     backend: str, ctx: Any, grad_y: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
 ) -> tuple[Any, ...]:
     *x, weight, y, mean = ctx.saved_tensors
-    code, dilation, reflect, _, relu = ctx.integers
+    code, dilation, reflect, moments, relu, _ = ctx.integers
+    if not moments:  # what was not wanted may have an empty gradient
+        grad_mean = grad_var = None
     if grad_y is None and grad_mean is None and grad_var is None:
         return [None] * len(x), None, None, None
     if relu:
@@ -243,8 +252,9 @@ def _reflected(x: Tensor, margin: int) -> Tensor:
     outside = torch.cat([torch.arange(-margin, 0), torch.arange(frames, frames + margin)]).to(x.device)
     source = outside.remainder(max(2 * frames - 2, 1))
     source = torch.minimum(source, (2 * frames - 2 - source).abs())
-    inside = x[..., margin : margin + frames]
-    return inside.index_add(2, source, x.index_select(2, outside + margin))
+    # Of a short row many frames come to lie on one.
+    inside, added = x[..., margin : margin + frames].float(), x.index_select(2, outside + margin).float()
+    return inside.index_add(2, source, added).to(x.dtype)
 
 
 def _save_for_affine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -269,7 +279,8 @@ def _affine_gradient(backend: str, ctx: Any, grad_y: Tensor | None, grad_total: 
 def _fake_conv_relu(
     x: Sequence[Tensor], weight: Tensor, bias: Tensor | None, integers: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = empty_frames(x[0], weight.shape[0], type_of_output(x[0].dtype, integers[0]))
+    dtype = torch.float32 if integers[5] else type_of_output(x[0].dtype, integers[0])
+    y = empty_frames(x[0], weight.shape[0], dtype)
     rows = x[0].shape[0] if integers[3] else 0
     mean, var = (y.new_empty((rows, weight.shape[0]), dtype=torch.float32) for _ in range(2))
     return y, mean, var
@@ -333,7 +344,7 @@ def _fake_affine_backward(
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise InputError("the training kernels have no second derivative: train on backend 'reference'")
+    raise InputError("the training kernels have no second derivative: modules in float64 train without them")
 
 
 def _in_triton_module(name: str) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from spkfast.ops.attentive_stats_pool import (
     limits,
     with_std,
 )
+from spkfast.reference import Precision
 
 # Of the logits and their gradient, which are made again a few rows at a time.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
@@ -126,31 +128,36 @@ def _backward_fake(
 
 
 class _Products:
-    """Products of the attention with a weight (C, H), in the layout of what they multiply."""
+    """Products of the attention with a weight (C, H), in the layout of what they multiply, in float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor, hidden: Tensor) -> None:
         self.weight, self.bias = weight.float(), bias.float()
-        # The kernels take channels that lie side by side, and multiply their gradients as they come: two of bfloat16 at
-        # a time.
-        self.by_kernels = hidden.device.type == "cpu" and channels_last(hidden)
-        self.code = int(hidden.dtype == torch.bfloat16)
+        # The kernels take channels that lie side by side. Products of bfloat16 numbers are exact, whatever multiplies
+        # them.
+        types = (torch.float32, torch.bfloat16)
+        self.by_kernels = hidden.device.type == "cpu" and hidden.dtype in types and channels_last(hidden)
+        self.precision: Precision = "bf16" if hidden.dtype == weight.dtype == torch.bfloat16 else "fp32"
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, H, T) to (B, C, T), float32."""
+        """(B, H, T) to (B, C, T)."""
         if self.by_kernels:
-            return conv_relu([hidden.float()], self.weight[..., None], self.bias, moments=False, relu=False)[0]
+            return conv_relu(
+                [hidden], self.weight[..., None], self.bias,
+                precision=self.precision, moments=False, relu=False, wide=True,
+            )[0]  # fmt: skip
         return self._multiplied(self.weight, hidden.float()).add_(self.bias[:, None])
 
     def gradient(self, grad: Tensor) -> Tensor:
         """Of the hidden layer: (B, C, T) to (B, H, T)."""
         if self.by_kernels:
-            return torch.ops.spkfast.conv_input_gradient(grad, self.weight[..., None], [self.code, 1])
+            return cast(Tensor, torch.ops.spkfast.conv_input_gradient(grad, self.weight[..., None], [0, 1]))
         return self._multiplied(self.weight.T, grad)
 
     def weight_gradient(self, grad: Tensor, hidden: Tensor) -> Tensor:
-        """(B, C, T) and (B, H, T) to (C, H), float32."""
+        """(B, C, T) and (B, H, T) to (C, H)."""
         if self.by_kernels:
-            return torch.ops.spkfast.conv_weight_gradient([hidden], grad, [1, 1, 0, self.code])[..., 0]
+            found = torch.ops.spkfast.conv_weight_gradient([hidden.float()], grad, [1, 1, 0, 0])
+            return cast(Tensor, found[..., 0])
         return torch.matmul(grad, hidden.float().transpose(1, 2)).sum(dim=0)
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ def conv_relu(
     reflect: bool,
     precision: Precision,
     relu: bool = True,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ReLU of a convolution of the inputs one after the other, and the moments of each row over its frames.
 
@@ -30,15 +32,16 @@ def conv_relu(
         reflect: Pad with mirrored frames in place of zeros.
         precision: What is multiplied; sums are float32 or wider.
         relu: Apply ReLU.
+        wide: Give float32 or wider whatever is multiplied.
 
     Returns:
         The output, shape (B, N, T), in the type of ``output_type``; and of its values mean and biased variance, shape
         (B, N), float32 or wider.
     """
     inputs = torch.cat(list(x), dim=1)
-    wide = torch.promote_types(inputs.dtype, torch.float32)
-    values = as_multiplied(inputs.to(wide), precision, None)
-    matrix = weight_as_multiplied(weight.to(wide), precision)
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    values = as_multiplied(inputs.to(dtype), precision, None)
+    matrix = weight_as_multiplied(weight.to(dtype), precision)
     taps = weight.shape[2]
     out = sum(
         torch.matmul(matrix[..., tap], frames_at(values, (tap - taps // 2) * dilation, None, reflect))
@@ -46,10 +49,54 @@ def conv_relu(
     )
     assert isinstance(out, Tensor)
     if bias is not None:
-        out = out + bias.to(wide)[:, None]
-    y = (out.relu() if relu else out).to(output_type(inputs.dtype, precision))
-    var, mean = torch.var_mean(y.to(wide), dim=2, unbiased=False)
+        out = out + bias.to(dtype)[:, None]
+    y = (out.relu() if relu else out).to(dtype if wide else output_type(inputs.dtype, precision))
+    mean, var = _moments(y.to(dtype), (2,))
     return y, mean, var
+
+
+def conv_batch_norm(
+    x: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    added: Tensor | None,
+    *,
+    eps: float,
+    dilation: int,
+    reflect: bool,
+    precision: Precision,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`conv_relu`, batch norm by the statistics of the batch, and :func:`channel_affine`'s sum.
+
+    Args:
+        x: As of :func:`conv_relu`.
+        weight: As of :func:`conv_relu`.
+        bias: As of :func:`conv_relu`.
+        gamma: Factor after the normalisation, shape (N,), or None for 1.
+        beta: Added after it, shape (N,), or None for 0.
+        added: Shape (B, N, T), or None.
+        eps: Added to the variance.
+        dilation: As of :func:`conv_relu`.
+        reflect: As of :func:`conv_relu`.
+        precision: As of :func:`conv_relu`.
+
+    Returns:
+        As :func:`channel_affine`, and mean and biased variance of the batch, shape (N,).
+    """
+    y, _, _ = conv_relu(x, weight, bias, dilation=dilation, reflect=reflect, precision=precision)
+    mean, var = _moments(y.to(torch.promote_types(y.dtype, torch.float32)), (0, 2))
+    scale = (var + eps).rsqrt() * (1 if gamma is None else gamma.to(var.dtype))
+    shift = (0 if beta is None else beta.to(var.dtype)) - mean * scale
+    return *channel_affine(y, scale[None], shift[None], added), mean, var
+
+
+def _moments(y: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over dimensions; 0 of nothing."""
+    count = max(math.prod(y.shape[dim] for dim in dims), 1)
+    mean = y.sum(dim=dims, keepdim=True) / count
+    return mean.squeeze(dims), (y - mean).square().sum(dim=dims) / count
 
 
 def channel_affine(x: Tensor, scale: Tensor, shift: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -138,10 +185,11 @@ def conv_relu_backward(
     wide = torch.promote_types(y.dtype, torch.float32)
     values = y.to(wide)
     grad = torch.zeros_like(values) if grad_y is None else grad_y.to(wide)
+    frames = max(y.shape[2], 1)
     if grad_mean is not None:
-        grad = grad + grad_mean[..., None] / y.shape[2]
+        grad = grad + grad_mean[..., None] / frames
     if grad_var is not None:
-        grad = grad + (2 / y.shape[2]) * grad_var[..., None] * (values - mean[..., None])
+        grad = grad + (2 / frames) * grad_var[..., None] * (values - mean[..., None])
     grad = torch.where(values <= 0, 0, grad)  # NaN stays
     return grad.to(y.dtype), grad.sum(dim=2)
 

@@ -82,7 +82,7 @@ def run_conv(
     x: Sequence[Tensor], weight: Tensor, bias: Tensor | None, precision: Precision, device: torch.device, *,
     dilation: int = 1, reflect: bool = False, moments: bool = True, relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    integers = [PRECISIONS[precision], dilation, int(reflect), int(moments), int(relu)]
+    integers = [PRECISIONS[precision], dilation, int(reflect), int(moments), int(relu), 0]
     y, mean, var = run("conv_relu", list(x), weight, bias, integers, device=device)
     return y, mean, var
 

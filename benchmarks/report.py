@@ -30,10 +30,12 @@ _COLUMNS = {
     "x_real_time": ("x real time", ".0f"),
     "gb_per_s": ("GB/s", ".1f"),
     "gflop_per_s": ("GFLOP/s", ".0f"),
+    "utterances_per_s": ("utterances/s", ".1f"),
     "peak_mib": ("peak MiB", ".1f"),
     "max_error": ("largest error", ".1e"),
     "relative_error": ("relative error", ".1e"),
     "cosine": ("lowest cosine", ".6f"),
+    "loss_error": ("error of the loss", ".1e"),
     "note": ("note", ""),
 }
 

@@ -17,7 +17,11 @@ from numpy.typing import NDArray
 from benchmarks.peers.worker import Contender
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+# Of training steps. So small a rate leaves weights and gradients, however often a step is timed, what they were.
+_RATE = 1e-6
+_SHARPNESS = 32.0
 
 
 def spkfast(folder: Path, channels: int, precision: str, threads: int) -> Contender:
@@ -167,3 +171,131 @@ def _executed(compiled: Any) -> str:
         if info["layerType"].astype(str) in ("Convolution", "FullyConnected")
     )
     return "products run in " + ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
+
+
+def spkfast_training(folder: Path, channels: int, precision: str, threads: int) -> Contender:
+    """A training step of the network of this project, under autocast for bf16; see :func:`_training_step`."""
+    import torch
+
+    from spkfast import models
+
+    torch.set_num_threads(threads)
+    net = models.create("ecapa_tdnn", channels=channels)
+    return _training_step(folder, net, net, precision)
+
+
+def torch_training(
+    folder: Path, channels: int, precision: str, *, once: bool, compiled: bool, threads: int
+) -> Contender:
+    """A training step of the plain network, under autocast for bf16; see :func:`_training_step`.
+
+    Args:
+        folder: Holds the weights and the batch.
+        channels: Channels of stem and blocks.
+        precision: ``fp32`` or ``bf16``.
+        once: Whether the attention's context is multiplied once; see :class:`benchmarks.peers.ecapa.Ecapa`.
+        compiled: Whether torch.compile makes the network of it.
+        threads: Threads of torch.
+    """
+    import torch
+
+    from benchmarks.peers import ecapa
+
+    torch.set_num_threads(threads)
+    net = ecapa.Ecapa(channels, context_once=once)
+    return _training_step(folder, net, torch.compile(net) if compiled else net, precision)
+
+
+def training_products(batch: int, frames: int, channels: int, precision: str, threads: int) -> Contender:
+    """The bare matrix products of a training step by torch.mm, each with operands of its own.
+
+    After all products of the forward pass come those of the gradients of weight and input, from the last layer to the
+    first, whose input needs none. Operands lie as a network has them: frames in rows, weights (N, K).
+
+    Args:
+        batch: Utterances.
+        frames: Frames of each.
+        channels: Channels of stem and blocks.
+        precision: ``fp32`` or ``bf16``.
+        threads: Threads of torch.
+    """
+    import torch
+
+    from benchmarks.peers import ecapa
+
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    forward: list[tuple[Tensor, Tensor]] = []
+    backward: list[tuple[Tensor, Tensor]] = []
+    for m, k, n in ecapa.products(batch, frames, channels):
+        x, w, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in ((m, k), (n, k), (m, n)))
+        if forward:
+            backward.append((grad, w))
+        forward.append((x, w.T))
+        backward.append((grad.T, x))
+    pairs = [*forward, *reversed(backward)]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for a, b in pairs:
+            torch.mm(a, b)
+
+    run()
+    return Contender(run)
+
+
+def training_loss(embeddings: Tensor, directions: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of cosines with fixed directions, as sharp as margin heads have them; in float32 or wider.
+
+    Args:
+        embeddings: Shape (B, E).
+        directions: One of length 1 for each class, shape (N, E).
+        labels: Class of each row, int64 (B,).
+    """
+    import torch
+    from torch.nn import functional as F
+
+    wide = torch.promote_types(embeddings.dtype, torch.float32)
+    cosines = F.normalize(embeddings.to(wide)) @ directions.to(wide).T
+    return F.cross_entropy(_SHARPNESS * cosines, labels)
+
+
+def loss_and_gradients(net: nn.Module, loss: Tensor) -> Tensor:
+    """The loss and, one after the other by name, its gradients for all parameters of the network, which had none."""
+    import torch
+
+    loss.backward()
+    gradients = [value.grad for _, value in sorted(net.named_parameters())]
+    return torch.cat([loss.detach()[None], *(value.flatten() for value in gradients if value is not None)])
+
+
+def _training_step(folder: Path, net: nn.Module, embed: Callable[[Tensor], Tensor], precision: str) -> Contender:
+    """Forward and backward pass and a step of SGD with momentum; the output is that of :func:`loss_and_gradients`.
+
+    ``folder`` holds ``weights.pt`` and ``batch.pt``: features (B, T, 80) and the arguments of :func:`training_loss`.
+    """
+    import torch
+
+    weights = torch.load(folder / "weights.pt")
+    features, directions, labels = torch.load(folder / "batch.pt")
+    net.load_state_dict(weights)
+    net.train()
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            embeddings = embed(features)
+        return training_loss(embeddings, directions, labels)
+
+    output = loss_and_gradients(net, loss()).numpy()
+    # Steps start from where the check did, which has moved the running statistics.
+    net.zero_grad()
+    net.load_state_dict(weights)
+    optimizer = torch.optim.SGD(net.parameters(), lr=_RATE, momentum=0.9, fused=False)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Contender(step, output)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from spkfast.errors import InputError
 from spkfast.functional import weighted_moments, weighted_moments_from_hidden
 from spkfast.nn.inference import InferenceLayer, has_inference_form, inference_params
+from spkfast.nn.training import Kernels
 from spkfast.ops._attentive_pooling import PackedAttention, attentive_moments, fits
 from spkfast.ops._tdnn_training import conv_relu
 from spkfast.ops.attentive_stats_pool import Moments, check_frames, check_lengths
@@ -236,37 +237,35 @@ class AttentiveStatsPool(Pooling):
         if self.bn is None or not self.training:
             x = _without_padding(x, lengths)
         weight, bias = self.fc1.weight, self.fc1.bias
+        kernels = self.kernels_for_training(x) if lengths is None else None
         if self.global_context:
             mean, var = weighted_moments(x, None, lengths)
             std = self.form.context.of(var, _num_frames(var, x, lengths))
             _, of_mean, of_std = weight[..., 0].to(mean.dtype).split(self.channels, dim=1)
             share = F.linear(mean, of_mean, None if bias is None else bias.to(mean.dtype)) + F.linear(std, of_std)
-            hidden = self._hidden(x, weight[:, : self.channels], None, lengths)
+            hidden = _trained_product(kernels, x, weight[:, : self.channels])
             hidden = hidden + share.to(hidden.dtype)[..., None]
         else:
-            hidden = self._hidden(x, weight, bias, lengths)
+            hidden = _trained_product(kernels, x, weight, bias)
         if self.form.relu:
             hidden = F.relu(hidden)
         if self.bn is not None:
             hidden = self.bn(hidden)
         if self.form.tanh:
             hidden = torch.tanh(hidden)
-        if self.shared_weights:
-            moments = weighted_moments(x, _product(hidden, self.fc2.weight, self.fc2.bias), lengths)
+        # For its gradient the fused op multiplies in float32. On a CPU autocast's own type saves more time than logits
+        # in memory cost.
+        if self.shared_weights or kernels == ("bf16", "native"):
+            bias = self.fc2.bias
+            if bias is not None:  # a softmax over time does not see it, and its gradient would be rounding alone
+                bias = bias.detach() + 0 * bias
+            logits = _trained_product(kernels, hidden, self.fc2.weight, bias)
+            moments = weighted_moments(x, logits, lengths)
         else:
             assert self.fc2.bias is not None
             weight, bias = self.fc2.weight.to(hidden.dtype), self.fc2.bias.to(hidden.dtype)
             moments = weighted_moments_from_hidden(x, hidden, weight, bias, lengths)
         return _mean_and_std(moments, self.form.deviation if self.with_std else None)
-
-    def _hidden(self, x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """The product of the hidden layer."""
-        kernels = self.kernels_for_training(x) if lengths is None else None
-        if kernels is None:
-            return _product(x, weight, bias)
-        return conv_relu(
-            [x], weight, bias, precision=kernels.precision, moments=False, relu=False, backend=kernels.backend
-        )[0]
 
     def _pool_by_kernels(self, x: Tensor, lengths: Tensor | None, tensors: list[Tensor]) -> Tensor:
         precision = self.products_at(x)
@@ -488,6 +487,15 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int 
     else:
         out = torch.baddbmm(_of_each_part(bias[:, None].to(x.dtype), batch, groups), weight, parts)
     return out.reshape(batch, outputs, frames)
+
+
+def _trained_product(kernels: Kernels | None, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`_product`, on the kernels to train on where there are any."""
+    if kernels is None:
+        return _product(x, weight, bias)
+    return conv_relu(
+        [x], weight, bias, precision=kernels.precision, moments=False, relu=False, backend=kernels.backend
+    )[0]
 
 
 def _of_each_part(value: Tensor, batch: int, groups: int) -> Tensor:

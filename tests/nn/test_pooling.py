@@ -286,7 +286,7 @@ def test_batch_norm_in_training_counts_padding():
         pool = small("speechbrain", global_context=False).train()
         pool(x, lengths)
         found.append(pool.bn.running_mean)
-    assert torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)  # with lengths the modules of torch run
 
 
 @pytest.mark.parametrize("name", poolings.list())

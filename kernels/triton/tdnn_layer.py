@@ -341,7 +341,8 @@ def multiply(
 
 def empty_frames(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """(B, N, T) with a frame's channels side by side."""
-    return like.new_empty((like.shape[0], like.shape[2], channels), dtype=dtype).transpose(1, 2)
+    batch, _, frames = like.shape
+    return like.new_empty_strided((batch, channels, frames), (frames * channels, 1, channels), dtype=dtype)
 
 
 def forward(

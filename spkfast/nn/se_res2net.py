@@ -120,7 +120,7 @@ class TdnnLayer(InferenceLayer):
                 reflect=self.reflect,
             )
         kernels = self.kernels_for_training(*inputs) if frames is None else None
-        if kernels is not None and self.conv.groups == 1:
+        if kernels is not None and self.has_kernels():
             return self.train_on(inputs, kernels)[0]
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
         if self.precision != "fp32":  # a layer before it ran on its kernels
@@ -131,6 +131,13 @@ class TdnnLayer(InferenceLayer):
             x = x * frames.mask
         x = F.relu(self.conv(x))
         return x if self.bn is None else self.bn(x)
+
+    def has_kernels(self) -> bool:
+        """Whether the convolution, which may have been changed or replaced, is one that can be trained on kernels."""
+        conv = self.conv
+        padding = 0 if self.reflect else (conv.kernel_size[0] - 1) // 2 * conv.dilation[0]
+        known = (conv.groups, conv.stride, conv.padding, conv.padding_mode) == (1, (1,), (padding,), "zeros")
+        return known and conv.kernel_size[0] % 2 == 1
 
     def train_on(
         self, inputs: Sequence[Tensor], kernels: Kernels, added: Tensor | None = None
@@ -306,7 +313,7 @@ class SERes2NetBlock(InferenceLayer):
                 first.conv.dilation[0],
             )
         kernels = self.kernels_for_training(x) if frames is None and padding is None else None
-        if kernels is not None and all(layer.bn is not None and layer.conv.groups == 1 for layer in layers):
+        if kernels is not None and all(layer.bn is not None and layer.has_kernels() for layer in layers):
             return self.train_on(x, kernels)
         if self.precision != "fp32":
             x = x.to(self.in_.conv.weight.dtype)

@@ -155,7 +155,7 @@ def coefficients(bn: Any, moments: RowMoments | None, frames: int) -> tuple[Tens
 
 def _follow(bn: Any, mean: Tensor, var: Tensor, values: Any) -> None:
     """The running statistics, where there are any, take their share of those of a batch of so many values."""
-    if not (bn.training and bn.track_running_stats):
+    if not bn.training or not bn.track_running_stats or bn.running_mean is None:
         return
     with torch.no_grad():
         share = 0.0 if bn.momentum is None else bn.momentum

@@ -76,7 +76,8 @@ def test_every_part_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_unknown_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main(["--ops", "log_mel_fbank,fft", "--results", str(tmp_path)]) == 2
-    known = ", ".join(sorted(spkfast.info()["ops"]))
+    # Beside the ops, what layers are trained with.
+    known = ", ".join(sorted({*spkfast.info()["ops"], "tdnn_training"}))
     assert capsys.readouterr().err == f"gpu_check: unknown op 'fft'; known: {known}\n"
 
 

@@ -997,3 +997,49 @@ def test_losses_of_triton_interpreted(require: Callable[[str, bool, str], None])
         pytest.skip("Triton is compiled here, and its kernels run on a GPU")
     got = losses("triton", 4)
     assert furthest(got, plain_losses("wespeaker")[:4]) <= 1e-3
+
+
+# What surrounds a layer
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("make", [tdnn, block])
+def test_outputs_can_be_changed_in_place(make: Callable[[], Any], mode: str) -> None:
+    net = make().train(mode == "train")
+    x = frames_for(net, 4, 13)
+    plain, found = copy.deepcopy(net), []
+    for backend, model in (("native", net), (None, plain)):
+        with trains_on(backend):
+            y = model(x.clone().requires_grad_())
+            y += 1
+            (2 * nn.functional.relu_(y)).square().sum().backward()
+        found.append([value.grad for value in model.parameters()])
+    for got, want in zip(*found, strict=True):
+        assert float((got - want).norm()) <= 1e-4 * float(want.norm()) + 1e-3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": (2,)},
+        {"padding": (0,)},
+        {"padding_mode": "circular"},
+        {"dilation": (3,)},
+    ],
+    ids=str,
+)
+def test_changed_convolutions_run_themselves(change: dict[str, Any]) -> None:
+    net = TdnnLayer(6, 5, 3)
+    for name, value in change.items():
+        setattr(net.conv, name, value)
+    x = torch.randn(3, 6, 17)
+    got, ops = ran(lambda: net(x))
+    assert not FORWARD & ops.keys()
+    torch.testing.assert_close(got, net.bn(net.conv(x).relu()))
+
+
+def test_running_statistics_may_be_taken_away() -> None:
+    net = TdnnLayer(6, 5, 3)
+    net.bn.running_mean = net.bn.running_var = None
+    got, ops = ran(lambda: net(torch.randn(3, 6, 17)))
+    assert FORWARD & ops.keys() and got.isfinite().all()

@@ -324,7 +324,7 @@ def test_groups_of_channels_are_read_where_they_lie(device: torch.device) -> Non
     weight = noise(16, 16, 3, seed=1)
     assert module.unit_of([x, grad]) == 8
     for function, args in (
-        ("conv_relu", ([x], weight, None, [1, 2, 0, 1])),
+        ("conv_relu", ([x], weight, None, [1, 2, 0, 1, 1, 0])),
         ("conv_relu_backward", (grad, None, None, x, torch.empty(0, 16))),
         ("conv_input_gradient", (grad, weight, [1, 2])),
         ("conv_weight_gradient", ([x], grad, [3, 2, 1, 1])),

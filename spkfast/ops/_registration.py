@@ -134,12 +134,12 @@ def register_with_backward(
         return implementations
     native, triton = getattr(torch.ops.spkfast, name), f"{name}_triton"
     native_backward = getattr(torch.ops.spkfast, f"{name}_backward")
-    _define_like(native, triton, _in_triton_module(name, "forward"))
+    define_like(native, triton, in_triton_module(name, "forward"))
     if formula is None:
-        _define_like(native_backward, f"{triton}_backward", _in_triton_module(name, "backward"))
+        define_like(native_backward, f"{triton}_backward", in_triton_module(name, "backward"))
     else:
         _LIBRARY.impl(f"{name}_backward", full_precision(formula("native")), "CompositeExplicitAutograd")
-        _define_like(native_backward, f"{triton}_backward", full_precision(formula("triton")))
+        define_like(native_backward, f"{triton}_backward", full_precision(formula("triton")))
     for op in (name, triton):
         backward = getattr(torch.ops.spkfast, f"{op}_backward")
         torch.library.register_fake(f"spkfast::{op}", fake)
@@ -165,7 +165,7 @@ def register_inference(name: str, *, fake: Callable[..., Any]) -> dict[str, Call
     if not _has_schema(name):  # the library that holds the schemas is missing, and no kernel runs
         return {}
     native, triton = getattr(torch.ops.spkfast, name), f"{name}_triton"
-    _define_like(native, triton, _in_triton_module(name, "forward"))
+    define_like(native, triton, in_triton_module(name, "forward"))
     for op in (name, triton):
         register_without_gradient(op, fake=fake)
     return {"native": native, "triton": getattr(torch.ops.spkfast, triton)}
@@ -179,13 +179,15 @@ def register_without_gradient(name: str, *, fake: Callable[..., Any]) -> None:
         torch.library.register_autograd(f"spkfast::{name}", functools.partial(_no_derivative, shown))
 
 
-def _define_like(op: Any, name: str, function: Callable[..., Any]) -> None:
+def define_like(op: Any, name: str, function: Callable[..., Any]) -> None:
     """Defines ``spkfast::<name>`` with the schema of another op."""
     schema = str(op.default._schema)
     torch.library.custom_op(f"spkfast::{name}", function, mutates_args=(), schema=schema[schema.index("(") :])
 
 
-def _in_triton_module(name: str, function: str) -> Callable[..., Any]:
+def in_triton_module(name: str, function: str) -> Callable[..., Any]:
+    """A function of a module of Triton kernels."""
+
     # Imported on first use: triton takes a while, and most machines never run it.
     def call(*args: Any) -> Any:
         return getattr(importlib.import_module(f"spkfast.kernels.triton.{name}"), function)(*args)

@@ -7,7 +7,6 @@ gates of squeeze-and-excitation or statistics that processes share, is a few val
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from spkfast.errors import InputError
 from spkfast.ops._packing import code_of, empty_frames, type_of_output
+from spkfast.ops._registration import define_like, in_triton_module
 from spkfast.reference import Precision
 
 
@@ -217,18 +217,20 @@ def _save_for_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.save_for_backward(*x, weight, y, mean, var, *([gamma] if ctx.has_gamma else []))
 
 
-def _batch_norm_gradient(ctx: Any, grad_out: Tensor | None, grad_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _batch_norm_gradient(
+    backend: str, ctx: Any, grad_out: Tensor | None, grad_total: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
     *tensors, gamma = ctx.saved_tensors if ctx.has_gamma else (*ctx.saved_tensors, None)
     *x, weight, y, mean, var = tensors
     code, dilation, reflect, plain = ctx.integers
     grad_out, grad_total = (grad_out if plain else None), (grad_total if ctx.has_added else None)
     if grad_out is None and grad_total is None:
         return [None] * len(x), *[None] * 7
-    backward = _op("conv_batch_norm_backward", "native")
+    backward = _op("conv_batch_norm_backward", backend)
     grad, grad_bias, grad_gamma, grad_beta = backward(grad_out, grad_total, y, mean, var, gamma, ctx.eps)
     of_x, of_weight, of_bias, of_gamma, of_beta, _, _, _ = ctx.needs_input_grad
     wanted = (of_x, of_weight)
-    grads, grad_weight = _product_gradients("native", x, weight, grad, code, dilation, reflect, wanted)
+    grads, grad_weight = _product_gradients(backend, x, weight, grad, code, dilation, reflect, wanted)
     return (
         grads,
         grad_weight,
@@ -347,14 +349,6 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
     raise InputError("the training kernels have no second derivative: modules in float64 train without them")
 
 
-def _in_triton_module(name: str) -> Callable[..., Any]:
-    # Imported on first use: triton takes a while, and most machines never run it.
-    def call(*args: Any) -> Any:
-        return getattr(importlib.import_module("spkfast.kernels.triton.tdnn_training"), name)(*args)
-
-    return call
-
-
 _FAKES: dict[str, Callable[..., Any]] = {
     "channel_affine": _fake_affine,
     "channel_affine_backward": _fake_affine_backward,
@@ -365,9 +359,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "conv_relu_backward": _fake_conv_relu_backward,
     "conv_weight_gradient": _fake_weight_gradient,
 }
+# What has a form for a CPU alone.
+_NATIVE = ("conv_batch_norm", "conv_batch_norm_backward")
 # The gradient, given the backend, and what saves the tensors that it needs.
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
     "channel_affine": (_affine_gradient, _save_for_affine),
+    "conv_batch_norm": (_batch_norm_gradient, _save_for_batch_norm),
     "conv_relu": (_conv_relu_gradient, _save_for_conv_relu),
 }
 
@@ -375,20 +372,13 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
 def _register(name: str) -> None:
     if not hasattr(torch.ops.spkfast, name):  # the library that holds the schemas is missing, and no kernel runs
         return
-    torch.library.register_fake(f"spkfast::{name}", _FAKES[name])
-    if name.startswith("conv_batch_norm"):
-        if name == "conv_batch_norm":
-            torch.library.register_autograd(
-                f"spkfast::{name}", _batch_norm_gradient, setup_context=_save_for_batch_norm
-            )
-        else:
-            torch.library.register_autograd(f"spkfast::{name}", _no_second_derivative)
-        return
-    schema = str(getattr(torch.ops.spkfast, name).default._schema)
-    triton = f"spkfast::{name}_triton"
-    torch.library.custom_op(triton, _in_triton_module(name), mutates_args=(), schema=schema[schema.index("(") :])
-    torch.library.register_fake(triton, _FAKES[name])
-    for backend, op in (("native", f"spkfast::{name}"), ("triton", triton)):
+    forms = {"native": name}
+    if name not in _NATIVE:
+        forms["triton"] = f"{name}_triton"
+        define_like(getattr(torch.ops.spkfast, name), forms["triton"], in_triton_module("tdnn_training", name))
+    for backend, form in forms.items():
+        op = f"spkfast::{form}"
+        torch.library.register_fake(op, _FAKES[name])
         if name in _GRADIENTS:
             gradient, save = _GRADIENTS[name]
             torch.library.register_autograd(op, functools.partial(gradient, backend), setup_context=save)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import spkfast
 from spkfast.reference import Precision, SERes2NetParams, TdnnParams
+from tests.fuzz.bounds_products import UNIT
 from tests.parity import FACTOR
 
 LEVELS = ("scalar", "avx2", "avx512", "avx512bf16")
@@ -164,3 +165,23 @@ def threads(*counts: int) -> Iterator[int]:
             yield count
     finally:
         torch.set_num_threads(before)
+
+
+def assert_near(got: Tensor, want: Tensor, size: Tensor, terms: int) -> None:
+    """Allows what float32 sums of so many terms may lose, and half a unit in the last place of the type it is in.
+
+    Args:
+        got: What a kernel gave.
+        want: The same in float64.
+        size: The same of absolute values, which nothing cancels.
+        terms: How many numbers are added, with what is done to them before and after.
+    """
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    limits = torch.finfo(got.dtype)
+    error = (got.double() - want).abs()
+    carried = 1.01 * UNIT * terms * size
+    allowed = carried + limits.eps / 2 * (want.abs() + carried) + limits.smallest_normal
+    wrong = ~(error <= allowed)
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} values are wrong, up to {(error / allowed).max():.3g}"
+    )

@@ -21,7 +21,7 @@ from spkfast.reference import Precision
 from spkfast.reference import tdnn_training as reference
 from tests.fuzz.bounds_products import UNIT
 from tests.ops.pooling import LAYOUTS, channels_last, cut_out
-from tests.ops.products import LEVELS, assert_near_definition, at_level, noise, threads, whole
+from tests.ops.products import LEVELS, assert_near, assert_near_definition, at_level, noise, threads, whole
 from tests.parity import assert_parity
 
 CODES: dict[Precision, int] = {"fp32": 0, "bf16": 1}
@@ -39,26 +39,6 @@ SIZES = [
 # B, N, T
 SHAPES = [(1, 1, 1), (3, 5, 70), (2, 72, 8), (5, 130, 3)]
 OPS = torch.ops.spkfast
-
-
-def assert_near(got: Tensor, want: Tensor, size: Tensor, terms: int) -> None:
-    """Allows what float32 sums of so many terms may lose, and half a unit in the last place of the type it is in.
-
-    Args:
-        got: What a kernel gave.
-        want: The same in float64.
-        size: The same of absolute values, which nothing cancels.
-        terms: How many numbers are added, with what is done to them before and after.
-    """
-    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-    limits = torch.finfo(got.dtype)
-    error = (got.double() - want).abs()
-    carried = 1.01 * UNIT * terms * size
-    allowed = carried + limits.eps / 2 * (want.abs() + carried) + limits.smallest_normal
-    wrong = ~(error <= allowed)
-    assert not wrong.any(), (
-        f"{int(wrong.sum())} of {wrong.numel()} values are wrong, up to {(error / allowed).max():.3g}"
-    )
 
 
 def multiplied(value: Tensor, precision: Precision) -> Tensor:

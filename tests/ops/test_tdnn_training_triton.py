@@ -15,7 +15,7 @@ from spkfast.reference import tdnn_training as reference
 from spkfast.reference.tdnn_layer import frames_at
 from tests.fuzz.bounds_products import UNIT
 from tests.ops.pooling import LAYOUTS, channels_last, cut_out
-from tests.ops.products import assert_near_definition, noise
+from tests.ops.products import assert_near, assert_near_definition, noise
 
 pytest.importorskip("triton")
 from spkfast.kernels.triton import tdnn_training as module
@@ -31,26 +31,6 @@ SPLIT = 8
 FORMS: list[tuple[Precision, int]] = [("fp32", 1), ("fp32", 512), ("bf16", 512), ("fp16", 6)]
 # N, C, K, T
 SIZES = [(1, 1, 1, 1), (3, 2, 5, 1), (35, 33, 3, 13), (72, 136, 1, 40), (64, 16, 3, 70)]
-
-
-def assert_near(got: Tensor, want: Tensor, size: Tensor, terms: int) -> None:
-    """Allows what float32 sums of so many terms may lose, and half a unit in the last place of the type it is in.
-
-    Args:
-        got: What a kernel gave.
-        want: The same in float64.
-        size: The same of absolute values, which nothing cancels.
-        terms: How many numbers are added, with what is done to them before and after.
-    """
-    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-    limits = torch.finfo(got.dtype)
-    error = (got.double() - want).abs()
-    carried = 1.01 * UNIT * terms * size
-    allowed = carried + limits.eps / 2 * (want.abs() + carried) + limits.smallest_normal
-    wrong = ~(error <= allowed)
-    assert not wrong.any(), (
-        f"{int(wrong.sum())} of {wrong.numel()} values are wrong, up to {(error / allowed).max():.3g}"
-    )
 
 
 def multiplied(value: Tensor, precision: Precision) -> Tensor:

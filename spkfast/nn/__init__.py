@@ -1,6 +1,7 @@
 """Modules: parameters and state-dict names; the arithmetic lies in the ops."""
 
 from spkfast.nn import poolings, projectors
+from spkfast.nn.cuda_graphs import CudaGraphs
 from spkfast.nn.fbank import Fbank
 from spkfast.nn.inference import calibrate, input_ranges, set_input_ranges, set_precision
 from spkfast.nn.margin_softmax import MarginSoftmaxLoss
@@ -10,6 +11,7 @@ from spkfast.nn.spec_augment import SpecAugment
 
 __all__ = [
     "AttentiveStatsPool",
+    "CudaGraphs",
     "Fbank",
     "MarginSoftmaxLoss",
     "SERes2NetBlock",

@@ -1,7 +1,9 @@
-"""Checks and measures the kernels on a machine with an NVIDIA GPU: offline, with torch, triton, pytest, numpy and nvcc.
+"""Checks and measures kernels and networks on a machine with an NVIDIA GPU: offline, with torch, triton, pytest, numpy
+and nvcc.
 
 ``python3 -m benchmarks.gpu_check --ops all --results DIR`` from the root of a checkout, nothing installed. One JSON
-file per call; a call stops at its budget, and the next one goes on with the kernels that are not yet in DIR.
+file per call; a call stops at its budget, and the next one goes on with what is not yet in DIR. Whole networks follow
+the kernels, where all ops are asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import checkout
-from benchmarks.gpu_status import ROOT, Kernel, kernels
+from benchmarks.gpu_status import FIGURES, ROOT, Kernel, kernels, network_hash
+from benchmarks.timing import Figure
 
 # Error of a kernel against the definition in float64, in multiples of the error that the float32 definition makes, or
 # of one rounding of the largest value; tests/parity.py has the same rule.
@@ -42,7 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = _parse(argv)
     if args.part:
-        _write(args.out, _machine(args.device) if args.part == "machine" else _benchmark(args.part, args.device))
+        kind, _, name = args.part.partition(":")
+        if kind == "machine":
+            _write(args.out, _machine(args.device))
+        else:
+            _write(args.out, _network(name, args.device) if kind == "network" else _benchmark(args.part, args.device))
         return 0
     known = kernels()
     names = sorted({kernel.op for kernel in known})
@@ -51,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         print(f"gpu_check: unknown op {unknown[0]!r}; known: {', '.join(names)}", file=sys.stderr)
         return 2
-    return _Check(args, [kernel for kernel in known if kernel.op in asked]).run()
+    return _Check(args, [kernel for kernel in known if kernel.op in asked], networks=asked == names).run()
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -70,10 +77,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 class _Check:
     """One call: the pending kernels, and the result file that grows with each that is done."""
 
-    def __init__(self, args: argparse.Namespace, asked: list[Kernel]) -> None:
+    def __init__(self, args: argparse.Namespace, asked: list[Kernel], networks: bool) -> None:
         self.device: str = args.device
         self.folder: Path = args.results
         self.asked = asked
+        self.networks = networks
         self.start = time.monotonic()
         self.deadline = self.start + args.budget
         self.tests: dict[str, dict[str, Any]] = {}
@@ -87,14 +95,17 @@ class _Check:
         done = self._done(machine["gpu"])
         pending = [kernel for kernel in self.asked if (kernel.op, kernel.backend, kernel.source_hash()) not in done]
         print(f"{machine['gpu']}: {len(pending)} of {len(self.asked)} kernels to do", flush=True)
+        source_hash = network_hash()
+        networks = [name for name in FIGURES if self.networks and ("network", name, source_hash) not in done]
         result: dict[str, Any] = {
             "format": 1,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
             "device": self.device,
             "commit": _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]) or None,
             "machine": machine,
-            "build": self._build(machine) if pending else {},
+            "build": self._build(machine) if pending or networks else {},
             "kernels": [],
+            "models": [],
         }
         path = self.folder / f"{result['created'][:23].replace(':', '')}-{self.device}.json"
         unfinished = False
@@ -106,18 +117,27 @@ class _Check:
                 _write(path, result)
             unfinished |= entry is None or not entry["finished"]
             print(_summary(kernel, entry), flush=True)
-        if any(entry["failed"] for entry in result["kernels"]):
+        for name in networks:
+            entry = self._of_network(name, source_hash) if self._remaining() > _LEAST_SECONDS else None
+            if entry is not None:
+                result["models"].append(entry)
+                result["seconds"] = round(time.monotonic() - self.start, 1)
+                _write(path, result)
+            unfinished |= entry is None or not entry["finished"]
+            print(_network_summary(name, entry), flush=True)
+        if any(entry["failed"] for entry in result["kernels"] + result["models"]):
             return 1
         return 3 if unfinished else 0
 
     def _done(self, gpu: str) -> set[tuple[str, str, str]]:
-        """What an earlier call finished on this kind of machine without a failure: op, backend and source hash."""
+        """What an earlier call finished on this kind of machine without a failure: op, backend and source hash, where a
+        network is the op ``network`` and its part the backend."""
         results = [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
         return {
-            (entry["op"], entry["backend"], entry["source_hash"])
+            (entry.get("op", "network"), entry.get("backend", entry.get("name")), entry["source_hash"])
             for result in results
             if (result["device"], result["machine"]["gpu"]) == (self.device, gpu)
-            for entry in result["kernels"]
+            for entry in [*result["kernels"], *result.get("models", [])]
             if entry["finished"] and not entry["failed"]
         }
 
@@ -167,13 +187,28 @@ class _Check:
             "workloads": workloads,
         }
 
+    def _of_network(self, name: str, source_hash: str) -> dict[str, Any]:
+        """Figures of a whole network; for its latency the tests of the graphs too. A missed goal is no failure."""
+        tests = self._pytest("cuda_graphs") if name.startswith("latency") else {"failed": [], "timed_out": False}
+        measured = self._part(f"network:{name}")
+        finished = not (tests["timed_out"] or measured.get("timed_out", False))
+        return {
+            **measured,
+            "name": name,
+            "source_hash": source_hash,
+            "finished": finished,
+            "failed": bool(tests["failed"]) or (finished and bool(measured.get("error"))),
+            "failures": tests["failed"],
+            "error": measured.get("error", ""),
+        }
+
     def _pytest(self, op: str) -> dict[str, Any]:
-        """Runs the GPU tests of an op; names of the tests by outcome."""
+        """Runs the GPU tests of an op or a module; names of the tests by outcome."""
         require = {"SPKFAST_REQUIRE": "cuda,triton"} if self.device == "cuda" else {}
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
             command = ["-m", "pytest", "-p", "benchmarks.checkout", "-p", "no:cacheprovider", "-q", "-m", "gpu"]
-            files = (f"tests/ops/test_{op}{part}.py" for part in ("", "_triton"))
+            files = [f"tests/{name}.py" for name in (f"ops/test_{op}", f"ops/test_{op}_triton", f"nn/test_{op}")]
             command += [f"--junitxml={report}", *(file for file in files if (ROOT / file).exists())]
             code, output = self._run(command, require)
             outcomes: dict[str, Any] = {"passed": [], "failed": [], "skipped": []}
@@ -239,6 +274,22 @@ def _summary(kernel: Kernel, entry: dict[str, Any] | None) -> str:
         for name, peer_ms in load.get("peers_ms", {}).items():
             line += f", {peer_ms / load['median_ms']:.2f}x {name}"
         lines.append(line)
+    return "\n".join(lines)
+
+
+def _network_summary(name: str, entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return f"{name}: left for the next call"
+    lines = [f"{name}: {'measured' if entry['finished'] and not entry['failed'] else 'NOT measured'}"]
+    lines += [f"  {text}" for text in (*entry["failures"], entry["error"]) if text]
+    for key, row in entry.get("contenders", {}).items():
+        error = f", relative error {row['relative_error']:.1e}" if "relative_error" in row else ""
+        lines.append(f"  {key}: {row['median_ms']:.3f} ms{error}")
+    lines += [f"  {key}: absent: {reason}" for key, reason in entry.get("absent", {}).items()]
+    for figure in (Figure(**values) for values in entry.get("figures", [])):
+        lines.append(
+            f"  {figure.name}: {figure.value:.4g} {f'({figure.goal}: {figure.verdict})' if figure.goal else ''}"
+        )
     return "\n".join(lines)
 
 
@@ -321,6 +372,12 @@ def _benchmark(part: str, device_name: str) -> dict[str, Any]:
         if case.peers:
             load["peers_ms"] = {name: statistics.median(_times(peer, device_name)) for name, peer in case.peers.items()}
     return {"workloads": workloads}
+
+
+def _network(name: str, device: str) -> dict[str, Any]:
+    from benchmarks.models import bench_ecapa_gpu
+
+    return bench_ecapa_gpu.measure(name, device)
 
 
 def _graph_time(run: Callable[[], object]) -> dict[str, Any]:

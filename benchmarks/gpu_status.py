@@ -1,4 +1,4 @@
-"""Generates docs/gpu-status.md: per kernel, where and when it was verified on a GPU, from the committed results."""
+"""Generates docs/gpu-status.md: what was verified and measured on a GPU, where and when, from the committed results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.timing import Figure
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/gpu"
 PAGE = ROOT / "docs/gpu-status.md"
@@ -19,6 +21,35 @@ PAGE = ROOT / "docs/gpu-status.md"
 _ENTRIES = {
     "native": ("kernels/cuda/{op}.cu", "csrc/cuda/{op}.cpp"),
     "triton": ("kernels/triton/{op}.py",),
+}
+# Of whole networks by part of benchmarks/models/bench_ecapa_gpu.py: the ratio ``peer / ours``, or ``what of whom``, and
+# the bound that it is to keep, where there is one.
+FIGURES: dict[str, dict[str, dict[str, float]]] = {
+    "embeddings, 512 channels": {
+        "torch eager bf16 / spkfast bf16": {"at_least": 3.0},
+        "torch.compile bf16 / spkfast bf16": {"at_least": 1.5},
+        "utterances/s of spkfast bf16": {"at_least": 150e3},
+        "utterances/s of spkfast fp16": {},
+        "utterances/s of spkfast fp32": {},
+    },
+    "embeddings, 1024 channels": {
+        "torch eager bf16 / spkfast bf16": {"at_least": 2.0},
+        "torch.compile bf16 / spkfast bf16": {"at_least": 1.25},
+        "utterances/s of spkfast bf16": {"at_least": 70e3},
+        "utterances/s of spkfast fp16": {},
+        "utterances/s of spkfast fp32": {},
+    },
+    "latency, 512 channels": {
+        "microseconds of replay of the graph": {"at_most": 60.0},
+        "microseconds of spkfast bf16 in a graph": {},
+        "torch eager bf16 / spkfast bf16 in a graph": {},
+        "torch.compile bf16 / spkfast bf16 in a graph": {},
+    },
+    "training, 512 channels": {
+        "torch eager bf16 / spkfast bf16": {"at_least": 1.8},
+        "torch.compile bf16 / spkfast bf16": {"at_least": 1.25},
+        "utterances/s of spkfast bf16": {},
+    },
 }
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 _SIBLING = re.compile(r"^from spkfast\.kernels\.triton\.(\w+) import|^from \.(\w+) import", re.MULTILINE)
@@ -65,6 +96,14 @@ def kernels(root: Path = ROOT) -> list[Kernel]:
     return sorted(found, key=lambda kernel: (kernel.op, kernel.backend))
 
 
+def network_hash(root: Path = ROOT) -> str:
+    """Digest of what whole networks are computed by: all kernels, and the layers over them."""
+    digest = hashlib.sha256("".join(kernel.source_hash() for kernel in kernels(root)).encode())
+    for path in sorted((root / "spkfast/nn").glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Results of runs on a GPU, oldest first; runs of the plumbing on a CPU are left out."""
     results = []
@@ -92,6 +131,16 @@ def page(root: Path = ROOT, folder: Path = RESULTS) -> str:
         "| op | backend | status | GPU | date | versions | max error | fastest workload | result |",
         "|---|---|---|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        "## Whole networks",
+        "",
+        "ECAPA-TDNN beside plain torch in one run, as `benchmarks/models/bench_ecapa_gpu.py` measures it: embeddings",
+        "of 256 utterances of 200 frames, the latency of one, a training step of 512. What errs too much counts in no",
+        "figure.",
+        "",
+        "| part | figure | value | goal | status | GPU | date | result |",
+        "|---|---|---|---|---|---|---|---|",
+        *("| " + " | ".join(row) + " |" for part in FIGURES for row in _figure_rows(part, results, network_hash(root))),
     ]
     return "\n".join(lines) + "\n"
 
@@ -119,6 +168,28 @@ def _row(kernel: Kernel, results: list[dict[str, Any]]) -> list[str]:
         speed = f"{best['name']}: {best['median_ms']:.3f} ms, {best['gb_s']:.0f} GB/s ({best['percent_of_copy']:.0f} %)"
     error = f"{max(errors):.1e}" if errors else ""
     return [kernel.op, label, status, machine["gpu"], result["created"][:10], versions, error, speed, result["file"]]
+
+
+def _figure_rows(part: str, results: list[dict[str, Any]], source_hash: str) -> list[list[str]]:
+    runs = [
+        (result, entry)
+        for result in results
+        for entry in result.get("models", [])
+        if entry["name"] == part and entry["finished"]
+    ]
+    current = [run for run in runs if run[1]["source_hash"] == source_hash]
+    result, entry = (current or runs or [({}, {})])[-1]
+    where = [result["machine"]["gpu"], result["created"][:10], result["file"]] if runs else ["", "", ""]
+    found = {figure["name"]: Figure(**figure) for figure in entry.get("figures", [])}
+    rows = []
+    for name, goal in FIGURES[part].items():
+        figure = found.get(name)
+        value = "" if figure is None else f"{figure.value:.4g}"
+        status = "never run" if not runs else "not measured" if figure is None else figure.verdict or "measured"
+        if runs and not current:
+            status = "stale"
+        rows.append([part, name, value, Figure(name, 0.0, **goal).goal, status, *where])
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:

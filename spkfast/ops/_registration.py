@@ -198,16 +198,16 @@ def in_triton_module(name: str, function: str) -> Callable[..., Any]:
 def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     values = (*inputs, *output)
-    ctx.given = [value is not None for value in values]
+    ctx.others = [None if isinstance(value, Tensor) else (value,) for value in values]
     ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(*(value for value in values if value is not None))
+    ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
 
 
 def _call_backward(
     backward: Callable[..., Any], num_outputs: int, differentiable: tuple[int, ...], ctx: Any, *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     tensors = iter(ctx.saved_tensors)
-    values = [next(tensors) if given else None for given in ctx.given]
+    values = [next(tensors) if other is None else other[0] for other in ctx.others]
     outputs = values[ctx.num_inputs :]
     found = [
         torch.zeros_like(cast(Tensor, output)) if grad is None else grad.contiguous()
@@ -215,7 +215,7 @@ def _call_backward(
     ]
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
     for position, gradient in zip(differentiable, backward(*found, *values), strict=True):
-        if ctx.given[position]:
+        if values[position] is not None:
             gradients[position] = gradient
     return tuple(gradients)
 

@@ -1,9 +1,6 @@
 // From tensors to what the engines of attentive_stats_pool take.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -28,20 +25,6 @@ inline Element element_of(const char* name, const torch::stable::Tensor& tensor)
 inline PoolTensor pool_tensor(const torch::stable::Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
           tensor.stride(2)};
-}
-
-// Asks for huge pages under a new tensor that will be written whole. A large one is fresh memory,
-// of which the kernel otherwise provides and clears 4 kB at a time: that took longer than the
-// gradients.
-inline void use_huge_pages([[maybe_unused]] const torch::stable::Tensor& tensor) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto first = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (first + tensor.numel() * tensor.element_size()) / kPage * kPage;
-  // Where there are none the memory stays as it is.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace spkfast::cpu

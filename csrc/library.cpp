@@ -21,6 +21,8 @@ STABLE_TORCH_LIBRARY(spkfast, m) {
   m.def("conv_weight_gradient(Tensor[] x, Tensor grad, int[] integers) -> Tensor");
   m.def("log_mel_fbank(Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, Tensor? cosines, Tensor? seeds, Tensor? masks, int[] integers, float[] floats, ScalarType dtype, bool validate) -> (Tensor features, Tensor frame_lengths)");
   m.def("log_mel_fbank_backward(Tensor grad, Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, Tensor? cosines, Tensor? seeds, Tensor? masks, int[] integers, float[] floats, ScalarType dtype, bool validate) -> Tensor");
+  m.def("margin_softmax_loss(Tensor x, Tensor weight, Tensor? bias, Tensor target, int[] integers, float[] floats) -> (Tensor sums, Tensor total, Tensor chosen, Tensor best, Tensor own, Tensor rows)");
+  m.def("margin_softmax_loss_backward(Tensor grad_sums, Tensor grad_total, Tensor grad_chosen, Tensor x, Tensor weight, Tensor? bias, Tensor target, int[] integers, float[] floats, Tensor sums, Tensor total, Tensor chosen, Tensor best, Tensor own, Tensor rows) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("product_pack(Tensor weight, int[] parts, int precision) -> Tensor");
   m.def("se_res2net_block(Tensor x, Tensor[] params, Tensor? padded, Tensor? excited, int[] integers, float[] floats) -> Tensor");
   m.def("tdnn_layer(Tensor[] x, Tensor weight, Tensor vectors, Tensor? offset, Tensor? lengths, int[] integers, float[] floats) -> Tensor");

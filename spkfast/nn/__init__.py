@@ -4,7 +4,7 @@ from spkfast.nn import poolings, projectors
 from spkfast.nn.cuda_graphs import CudaGraphs
 from spkfast.nn.fbank import Fbank
 from spkfast.nn.inference import calibrate, input_ranges, set_input_ranges, set_precision
-from spkfast.nn.margin_softmax import MarginSoftmaxLoss
+from spkfast.nn.margin_softmax import MarginSoftmaxLoss, mean_embeddings
 from spkfast.nn.pooling import AttentiveStatsPool
 from spkfast.nn.se_res2net import SERes2NetBlock
 from spkfast.nn.spec_augment import SpecAugment
@@ -18,6 +18,7 @@ __all__ = [
     "SpecAugment",
     "calibrate",
     "input_ranges",
+    "mean_embeddings",
     "poolings",
     "projectors",
     "set_input_ranges",

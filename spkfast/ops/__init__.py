@@ -11,6 +11,7 @@ from spkfast.ops.attentive_stats_pool_from_hidden import (  # noqa: E402
     weighted_moments_from_hidden,
 )
 from spkfast.ops.log_mel_fbank import log_mel_fbank  # noqa: E402
+from spkfast.ops.margin_softmax_loss import margin_softmax_loss  # noqa: E402
 from spkfast.ops.se_res2net_block import se_res2net_block  # noqa: E402
 from spkfast.ops.tdnn_layer import tdnn_layer  # noqa: E402
 
@@ -18,6 +19,7 @@ __all__ = [
     "attentive_stats_pool",
     "attentive_stats_pool_from_hidden",
     "log_mel_fbank",
+    "margin_softmax_loss",
     "se_res2net_block",
     "tdnn_layer",
     "weighted_moments",

@@ -3,11 +3,12 @@
 from spkfast.reference.attentive_stats_pool import attentive_stats_pool
 from spkfast.reference.attentive_stats_pool_from_hidden import attentive_stats_pool_from_hidden
 from spkfast.reference.log_mel_fbank import log_mel_fbank
-from spkfast.reference.margin_softmax_loss import margin_softmax_loss
+from spkfast.reference.margin_softmax_loss import MarginForm, margin_softmax_loss, margin_softmax_sums
 from spkfast.reference.se_res2net_block import SERes2NetParams, se_res2net_block
 from spkfast.reference.tdnn_layer import Precision, TdnnParams, tdnn_layer
 
 __all__ = [
+    "MarginForm",
     "Precision",
     "SERes2NetParams",
     "TdnnParams",
@@ -15,6 +16,7 @@ __all__ = [
     "attentive_stats_pool_from_hidden",
     "log_mel_fbank",
     "margin_softmax_loss",
+    "margin_softmax_sums",
     "se_res2net_block",
     "tdnn_layer",
 ]

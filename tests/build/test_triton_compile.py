@@ -79,6 +79,18 @@ _TRAIN_TYPES: dict[str, Any] = {
 }
 _TRAIN_FP32: dict[str, Any] = dict.fromkeys(_TRAIN_VALUES, "*fp32") | {"UNIT": 4}
 
+# A margin softmax: products of bfloat16 with rows of up to three parts, unless a form says otherwise.
+_MARGIN: dict[str, Any] = {"NORMALISE": True, "CENTERS": 1, "PLACES": 1, "TOPK": 0, "SLOTS": 1, "SUMMED": 0, "POWER": 1}
+_MARGIN |= {"BIAS": False, "PARTS": 3}
+_HARDEST: dict[str, Any] = {"CENTERS": 3, "PLACES": 4, "TOPK": 5, "SLOTS": 8}
+_BINARY: dict[str, Any] = _HARDEST | {"SUMMED": 2, "POWER": 3, "BIAS": True}
+_MARGIN_KERNELS = {
+    "_sums_kernel": "SUMS_TILE", "_weight_gradient_kernel": "WEIGHT_TILE", "_batch_gradient_kernel": "BATCH_TILE",
+}  # fmt: skip
+_MARGIN_LONG: dict[str, Any] = {"PARTS": 0} | {kernel: f"_LONG_{tile}" for kernel, tile in _MARGIN_KERNELS.items()}
+_MARGIN_FP32: dict[str, Any] = {"PARTS": 0, "x": "*fp32"}
+_MARGIN_FP32 |= {kernel: f"_FP32_{tile}" for kernel, tile in _MARGIN_KERNELS.items()}
+
 # By op: types of its kernels' arguments (integers where not named), those that are multiples of 16 at every launch, by
 # kernel the name of its tile, and the settings to compile each kernel with: constants, types that differ, another TILE
 # for all kernels, or for one under its name. "wgmma": kernels whose products run on the tensor cores of sm_90.
@@ -198,6 +210,28 @@ _OPS: dict[str, dict[str, Any]] = {
             "_normalize_kernel": "_NORMALIZE_TILE",
         },
         "settings": [_ALL, _USUAL, _FEW],
+    },
+    "margin_softmax_loss": {
+        "types": {
+            **dict.fromkeys(("weight", "bias", "found", "values", "sums", "grad_sums", "grad_total"), "*fp32"),
+            **dict.fromkeys(("grad_weight", "grad_bias", "grad_x"), "*fp32"),
+            **dict.fromkeys(("scale", "margin", "narrow_cosine", "narrow_sine"), "fp32"),
+            **{"x": "*bf16", "target": "*i64", "found_rows": "*i32", "left_out": "*i32"},
+        },
+        "aligned": [],
+        "kernels": {kernel: f"_{tile}" for kernel, tile in _MARGIN_KERNELS.items()},
+        "wgmma": list(_MARGIN_KERNELS),
+        "settings": [
+            _MARGIN | form
+            for form in (
+                {},
+                _HARDEST,
+                _MARGIN_LONG | _BINARY,
+                _MARGIN_LONG | {"NORMALISE": False, "BIAS": True},
+                _MARGIN_FP32 | _HARDEST,
+                _MARGIN_FP32 | _BINARY,
+            )
+        ],
     },
 }
 

@@ -1,0 +1,12 @@
+#include "simd/avx512bf16.h"
+// The vectors come first.
+#include "margin_softmax_tile.h"
+
+namespace spkfast::cpu {
+
+const MarginSoftmaxKernel& margin_softmax_avx512bf16() {
+  static constexpr MarginSoftmaxKernel kernel = {&inverse_lengths, &add, &gradients, &project};
+  return kernel;
+}
+
+}  // namespace spkfast::cpu

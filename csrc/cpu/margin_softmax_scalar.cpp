@@ -1,0 +1,12 @@
+#include "simd/scalar.h"
+// The vectors come first.
+#include "margin_softmax_tile.h"
+
+namespace spkfast::cpu {
+
+const MarginSoftmaxKernel& margin_softmax_scalar() {
+  static constexpr MarginSoftmaxKernel kernel = {&inverse_lengths, &add, &gradients, &project};
+  return kernel;
+}
+
+}  // namespace spkfast::cpu

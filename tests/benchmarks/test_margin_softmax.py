@@ -1,0 +1,44 @@
+"""The heads that are timed beside ours compute the same, and the benchmark runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.ops import bench_margin_softmax
+from benchmarks.peers import heads
+from spkfast.reference import margin_softmax_loss
+
+
+@pytest.mark.parametrize("head", bench_margin_softmax._HEADS.values(), ids=str)
+@pytest.mark.parametrize("written", [heads.over_all_classes, heads.on_targets])
+def test_written_heads_are_the_definition(head, written):
+    x, weight, target = (
+        value.double() if value.is_floating_point() else value for value in bench_margin_softmax.inputs(head, 9, 5)
+    )
+    x[0] = -weight[target[0] * head.subcenters]  # past pi - margin
+    want = margin_softmax_loss(x, weight, target, None, bench_margin_softmax._form(head)).loss.mean()
+    torch.testing.assert_close(written(x, weight, target, head), want, rtol=1e-12, atol=0)
+
+
+def test_benchmark_runs(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes long, and is what torch is tested for
+    found = bench_margin_softmax.rows(300, 8, 500, 1)
+    assert [row["case"] for row in found] == [*bench_margin_softmax._HEADS, "1 center"]
+    for row in found[:2]:
+        contenders = row["contenders"]
+        assert {"native fp32", "native bf16", "eager, over all classes"} <= set(contenders)
+        assert all(entry["counts"] for name, entry in contenders.items() if "counts" in entry)
+        assert any("native fp32" in figure["name"] for figure in row["figures"])
+
+
+def test_a_wrong_gradient_counts_in_no_figure():
+    exact = (torch.tensor(1.0), torch.ones(2, 3), torch.ones(4, 3))
+    loss_error, error = bench_margin_softmax._errors(
+        (torch.tensor(1.5), torch.ones(2, 3), 1.5 * torch.ones(4, 3)), exact
+    )
+    assert loss_error == pytest.approx(0.5) and error == pytest.approx(0.5)
+    row = {"median_ms": 1.0}
+    found = {"native fp32": row | {"counts": False}, "eager, on targets": row | {"counts": True}}
+    (figure,) = bench_margin_softmax._figures(found, heads.Head(1, 0))[:1]
+    assert figure.verdict == "missed"

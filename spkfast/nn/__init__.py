@@ -6,7 +6,8 @@ from spkfast.nn.fbank import Fbank
 from spkfast.nn.inference import calibrate, input_ranges, set_input_ranges, set_precision
 from spkfast.nn.margin_softmax import MarginSoftmaxLoss, mean_embeddings
 from spkfast.nn.pooling import AttentiveStatsPool
-from spkfast.nn.se_res2net import SERes2NetBlock
+from spkfast.nn.se_res2net import SERes2NetBlock, TdnnLayer
+from spkfast.nn.sharded_margin_softmax import ShardedMarginSoftmaxLoss
 from spkfast.nn.spec_augment import SpecAugment
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "Fbank",
     "MarginSoftmaxLoss",
     "SERes2NetBlock",
+    "ShardedMarginSoftmaxLoss",
     "SpecAugment",
+    "TdnnLayer",
     "calibrate",
     "input_ranges",
     "mean_embeddings",

@@ -65,19 +65,29 @@ class DataConfig:
 
 @dataclasses.dataclass
 class LossConfig:
-    """Additive angular margin softmax, its margin grown between two points of the run.
+    """Margin softmax (:class:`spkfast.nn.MarginSoftmaxLoss`), its margin grown between two points of the run.
 
     Args:
-        margin: Final margin in radians.
+        kind: ``aam`` (angle), ``am`` (cosine), ``softmax`` or ``sphereface2``.
+        margin: Final margin in radians; of ``am`` and ``sphereface2`` a cosine.
         scale: Multiplier on the cosines.
+        num_subcenters: Sub-centers of each speaker.
+        topk: How many of the hardest other speakers are penalised.
+        topk_margin: Their penalty in radians at the final margin; it grows with the margin.
+        label_smoothing: Share of the loss that goes to all speakers alike.
         easy_margin: Apply the margin only where the target cosine is positive.
         fallback: Penalty past ``pi - margin``.
         margin_start: Fraction of the run after which the margin starts to grow from 0.
         margin_end: Fraction of the run from which the final margin holds.
     """
 
+    kind: Literal["softmax", "am", "aam", "sphereface2"] = "aam"
     margin: float = 0.2
     scale: float = 32.0
+    num_subcenters: int = 1
+    topk: int = 0
+    topk_margin: float = 0.0
+    label_smoothing: float = 0.0
     easy_margin: bool = False
     fallback: Literal["linear", "continuous"] = "continuous"
     margin_start: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -21,9 +22,11 @@ from spkfast.data.lists import read_train_list
 from spkfast.errors import InputError
 from spkfast.frontends import FrontendSpec, frontend
 from spkfast.inference import SpeakerEncoder
-from spkfast.nn.margin_softmax import MarginSoftmaxLoss, MarginStats
+from spkfast.nn.margin_softmax import MarginSoftmaxLoss
+from spkfast.ops.margin_softmax_loss import MarginStats, check_form
+from spkfast.reference import MarginForm
 from spkfast.training import checkpoint, schedule
-from spkfast.training.config import FREE_ON_RESUME, OptimizerConfig, TrainConfig, flatten
+from spkfast.training.config import FREE_ON_RESUME, LossConfig, OptimizerConfig, TrainConfig, flatten
 
 # Smallest sensible values. Batch norm needs two rows to have a variance.
 _LEAST = {
@@ -109,10 +112,7 @@ class Trainer:
             raise
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"model.options: {error}") from error
-        head = MarginSoftmaxLoss(
-            net.embedding_dim, self.dataset.num_classes, margin=config.loss.margin, scale=config.loss.scale,
-            easy_margin=config.loss.easy_margin, fallback=config.loss.fallback,
-        )  # fmt: skip
+        head = MarginSoftmaxLoss(net.embedding_dim, self.dataset.num_classes, **_form(config.loss)._asdict())
         self._task = SpeakerTask(net, head)
         self._wrapped, self._optimizer = self._accelerator.prepare(self._task, _optimizer(self._task, config.optimizer))
         self._settings = {
@@ -265,8 +265,10 @@ def _check(config: TrainConfig) -> None:
         raise InputError(f"data.speeds must be positive factors, each one once, got {speeds}")
     if not config.out:
         raise InputError("out must name a folder")
-    if not config.loss.scale > 0:
-        raise InputError(f"loss.scale must be positive, got {config.loss.scale}")
+    try:
+        check_form(_form(config.loss))
+    except InputError as error:
+        raise InputError(f"loss.{error}") from error
     for low, high in (("loss.margin_start", "loss.margin_end"), ("optimizer.final_lr", "optimizer.lr")):
         if values[low] > values[high]:
             raise InputError(f"{low}={values[low]} must not exceed {high}={values[high]}")
@@ -287,14 +289,19 @@ def _dataset(config: TrainConfig, spec: FrontendSpec) -> CropDataset:
     )
 
 
+def _form(config: LossConfig) -> MarginForm:
+    names = {field.name for field in dataclasses.fields(config)} & {*MarginForm._fields}
+    return MarginForm(**{name: getattr(config, name) for name in names})
+
+
 def _optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [
         {"params": [p for p in task.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in task.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
-    return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, Tensor, list[tuple[str, bool]]]:

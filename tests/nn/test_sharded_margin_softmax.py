@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import spkfast
@@ -73,6 +75,13 @@ def work(rank: int, folder: Path) -> None:
             grads["weight"] = head.gather_rows(grads["weight"])
             found |= {f"head {key}": value for key, value in grads.items() if value is not None}
             torch.save(found, folder / f"{name} {dtype} {ranks} {rank}.pt")
+    head = ShardedMarginSoftmaxLoss(SIZE, CLASSES, **HEADS["aam"]).double()
+    head.load_full_state_dict(whole("aam").state_dict())
+    net = network()
+    fully_shard(net, mesh=init_device_mesh("cpu", (ranks,)))
+    head(net(x), target).backward()
+    torch.save(net.weight.grad.full_tensor(), folder / f"fully sharded {ranks} {rank}.pt")
+
     torch.manual_seed(0)
     head = ShardedMarginSoftmaxLoss(SIZE, CLASSES, num_subcenters=3)
     state = head.full_state_dict()
@@ -167,6 +176,14 @@ def test_shares_are_the_whole(name: str, ranks: int, dtype: torch.dtype, folder:
                 assert float((part[key] - want).abs().amax()) <= bound, key
                 checked.add(key)
     assert checked == set(wanted)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_network_may_be_fully_sharded(ranks: int, folder: Path) -> None:
+    for rank in range(ranks):
+        want = torch.load(folder / f"aam {torch.float64} {ranks} {rank}.pt")["network weight"]
+        got = torch.load(folder / f"fully sharded {ranks} {rank}.pt")
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * float(want.abs().amax()))
 
 
 @pytest.mark.skipif(

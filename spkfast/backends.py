@@ -30,6 +30,9 @@ _OWN_ORDER = {
     (op, "cuda"): ("triton", "native", "reference")
     for op in ("attentive_stats_pool_from_hidden", "se_res2net_block", "tdnn_layer")
 }
+_TRANSFORMED = dict.fromkeys(
+    ("native", "triton"), "under torch.func and in forward-mode differentiation only the reference has derivatives"
+)
 _PACKAGE = Path(__file__).parent
 _REBUILD = 'build it with: pip install --no-build-isolation -e "."'
 
@@ -49,7 +52,8 @@ def load() -> None:
 def resolve(device: torch.device, backend: str, op: str, limits: Mapping[str, str] | None = None) -> str:
     """Name of the implementation that runs: ``reference``, ``native`` or ``triton``.
 
-    The choice depends on device and settings alone, never on the values of a tensor.
+    The choice depends on device and settings alone, never on the values of a tensor. Under transforms of ``torch.func``
+    and in forward-mode differentiation it is the reference: torch takes a forward derivative that an op lacks for zero.
 
     Args:
         device: Where the tensors are.
@@ -61,6 +65,8 @@ def resolve(device: torch.device, backend: str, op: str, limits: Mapping[str, st
         InputError: If the backend is unknown, or is asked for by name and cannot run; the message says why.
     """
     missing = {**_MISSING.get(device.type, {}).get(op, _other_device(device.type)), **(limits or {})}
+    if is_transformed():
+        missing |= _TRANSFORMED
     if backend == "auto":
         for name in _OWN_ORDER.get((op, device.type), _ORDER.get(device.type, ())):
             if not missing.get(name):
@@ -71,6 +77,18 @@ def resolve(device: torch.device, backend: str, op: str, limits: Mapping[str, st
     if missing.get(backend):
         raise InputError(f"backend={backend!r} cannot run {op} on {device.type}: {missing[backend]}")
     return backend
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode differentiation or transforms of ``torch.func`` see what is computed now.
+
+    torch.compile cannot follow the question about the others; these do not take a kernel for a constant, but raise.
+    """
+    import torch
+
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def info() -> dict[str, Any]:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import spkfast
-from spkfast import backends, ops  # noqa: F401  ops loads the libraries
+from spkfast import backends, functional, ops  # noqa: F401  ops loads the libraries
+from spkfast.reference import SERes2NetParams, TdnnParams
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,83 @@ def test_info():
         assert set(op["available"][device]) | set(op["missing"][device]) == {"reference", "native", "triton"}
         assert not set(op["available"][device]) & set(op["missing"][device])
         assert all(op["missing"][device].values())
+
+
+def noise(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def tdnn(outputs, inputs):
+    return TdnnParams(noise(outputs, inputs, 1), noise(outputs), noise(outputs), noise(outputs))
+
+
+LENGTHS = torch.tensor([9, 7])
+BLOCK = SERes2NetParams(tdnn(4, 4), [tdnn(2, 2)], tdnn(4, 4), tdnn(3, 4), TdnnParams(noise(4, 3, 1), noise(4)), None)
+# Name of the op, and the op as a function of one tensor of this shape.
+OPS = {
+    "attentive_stats_pool": (
+        (2, 4, 9),
+        lambda x, backend: functional.attentive_stats_pool(x, 2 * x, LENGTHS, backend=backend).std,
+    ),
+    "attentive_stats_pool_from_hidden": (
+        (2, 4, 9),
+        lambda x, backend: (
+            functional.attentive_stats_pool_from_hidden(
+                x, x[:, :3], noise(4, 3), noise(4), LENGTHS, backend=backend
+            ).std
+        ),
+    ),
+    "log_mel_fbank": (
+        (2, 800),
+        lambda x, backend: functional.log_mel_fbank(x, spec=spkfast.frontend("wespeaker"), backend=backend)[0],
+    ),
+    "margin_softmax_loss": (
+        (2, 4),
+        lambda x, backend: functional.margin_softmax_loss(x, noise(5, 4), torch.tensor([1, 3]), backend=backend),
+    ),
+    "se_res2net_block": (
+        (2, 4, 9),
+        lambda x, backend: functional.se_res2net_block(x, BLOCK, backend=backend),
+    ),
+    "tdnn_layer": ((2, 4, 9), lambda x, backend: functional.tdnn_layer(x, tdnn(3, 4), backend=backend)),
+}
+
+
+def dual(function, x, tangent):
+    with torch.autograd.forward_ad.dual_level():
+        found = function(torch.autograd.forward_ad.make_dual(x, tangent))
+        return torch.autograd.forward_ad.unpack_dual(found).tangent
+
+
+def test_every_op_is_differentiated_below():
+    assert OPS.keys() == spkfast.info()["ops"].keys()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_transforms_see_the_reference(op):
+    shape, function = OPS[op]
+    x, tangent = noise(*shape), noise(*shape).flip(-1)
+    for derivative in (
+        lambda call: torch.func.jvp(call, (x,), (tangent,))[1],
+        lambda call: dual(call, x, tangent),
+        lambda call: torch.func.grad(lambda x: call(x).square().sum())(x),
+    ):
+        found, want = (derivative(lambda x, name=name: function(x, name)) for name in ("auto", "reference"))
+        assert torch.equal(found, want) and want.abs().max() > 0
+        with pytest.raises(spkfast.InputError, match=f"'native' cannot run {op} on cpu: under torch.func and in forw"):
+            derivative(lambda x: function(x, "native"))
+
+
+def test_compiled_forward_derivatives():
+    torch._dynamo.reset()
+    x, tangent = noise(2, 4, 9), noise(2, 4, 9).flip(-1)
+    call = functional.weighted_moments
+
+    def derivative(x):
+        return torch.func.jvp(lambda x: call(x).var, (x,), (tangent,))[1]
+
+    compiled = torch.compile(derivative, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), derivative(x))
 
 
 def test_every_op_has_a_definition():

@@ -56,8 +56,8 @@ def attentive_stats_pool(
         and variance 0.
 
     Raises:
-        InputError: If shapes or dtypes are wrong, a length lies outside 0..T (on a CPU; a GPU is not asked, and reads
-            it as the nearer of the two), or the backend cannot run here.
+        InputError: If shapes or dtypes are wrong, a length lies outside 0..T (on a CPU; a GPU and transforms of
+            ``torch.func`` are not asked, and read it as the nearer of the two), or the backend cannot run here.
 
     Reference: Okabe et al., "Attentive Statistics Pooling for Deep Speaker Embedding", Interspeech 2018.
     """
@@ -138,7 +138,9 @@ def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
     if lengths.shape != x.shape[:1]:
         raise InputError(f"lengths must have shape (B,) = ({x.shape[0]},), got {tuple(lengths.shape)}")
     check_device("lengths", lengths, x)
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and lengths.numel():
+    # vmap shows no values.
+    asked = lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not backends.is_transformed()
+    if asked and lengths.numel():
         low, high = lengths.aminmax()
         if low < 0 or high > x.shape[2]:
             row = int(((lengths < 0) | (lengths > x.shape[2])).nonzero()[0])

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from spkfast.backends import Backend
 from spkfast.errors import InputError, check_options
 from spkfast.nn.margin_softmax import MarginHead, bias_size
+from spkfast.ops._registration import no_autocast
 from spkfast.ops.margin_softmax_loss import (
     ClassSums,
     HeadPrecision,
@@ -129,7 +130,7 @@ class ShardedMarginSoftmaxLoss(MarginHead):
         check_tensors(embeddings, self.weight, self.bias, form)
         check_target(target, embeddings, self.num_speakers, validate)
         check_row_weights(row_weights, embeddings)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with no_autocast(embeddings.device.type):
             found = self._sums(embeddings, target, form)
             bias = self._replicated(1 / self.num_processes) if form.kind == "sphereface2" else self.bias
             losses = losses_of(found, bias, target, self.num_speakers, form)

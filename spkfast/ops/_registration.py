@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -16,15 +17,19 @@ from spkfast.errors import InputError
 _LIBRARY = torch.library.Library("spkfast", "FRAGMENT")
 
 
+def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Switches autocast off on devices of a type, where there is one; on meta tensors, say, there is none."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
+
+
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with autocast off: a definition in plain torch would otherwise be computed in bfloat16 in places."""
 
     @functools.wraps(function)
     def wrapped(first: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> Any:
         device = (first if isinstance(first, Tensor) else first[0]).device.type
-        if not torch.amp.is_autocast_available(device):  # on meta tensors, say
-            return function(first, *args, **options)
-        with torch.autocast(device, enabled=False):
+        with no_autocast(device):
             return function(first, *args, **options)
 
     return wrapped

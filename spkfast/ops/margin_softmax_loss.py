@@ -14,7 +14,7 @@ from spkfast import backends
 from spkfast.backends import Backend
 from spkfast.errors import InputError, check_name
 from spkfast.ops._packing import code_of
-from spkfast.ops._registration import register_with_backward
+from spkfast.ops._registration import no_autocast, register_with_backward
 from spkfast.ops.attentive_stats_pool import check_floating
 from spkfast.reference.margin_softmax_loss import (
     BINARY_A,
@@ -153,7 +153,7 @@ def margin_softmax_loss(
     classes = weight.shape[0] // num_subcenters
     check_target(target, embeddings, classes, validate)
     check_row_weights(row_weights, embeddings)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with no_autocast(embeddings.device.type):
         found = class_sums(embeddings, weight, bias, target, form, precision=precision, backend=backend)
         losses = losses_of(found, bias, target, classes, form)
         losses = torch.where((target >= 0) & (target < classes), losses, torch.nan)

@@ -353,3 +353,11 @@ def test_wrong_input_is_named(given, message):
     }
     with pytest.raises(InputError, match=message):
         functional.margin_softmax_loss(**(good | given))
+
+
+def test_runs_on_meta_tensors():
+    head = MarginSoftmaxLoss(8, 5, num_subcenters=2, topk=2).to("meta")
+    loss, stats = head(
+        torch.empty(3, 8, device="meta"), torch.empty(3, dtype=torch.int64, device="meta"), return_stats=True
+    )
+    assert loss.shape == stats.accuracy.shape == ()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from spkfast.errors import InputError
+from spkfast.nn.inference import autocast_type
 from spkfast.ops.attentive_stats_pool import check_lengths
 
 
@@ -63,7 +63,7 @@ class SpeakerModel(nn.Module):
         if not isinstance(features, Tensor):
             raise InputError(f"features must be a torch tensor, got {type(features).__name__}")
         own = next(self.encoder.parameters()).dtype
-        if features.dtype != own and not torch.is_autocast_enabled(features.device.type):
+        if features.dtype != own and autocast_type(features.device.type) is None:
             raise InputError(f"features must be {own}, as the weights are, got {features.dtype}")
         if features.ndim != 3 or features.shape[2] != expected:
             raise InputError(f"features must have shape (B, T, M) with M = {expected}, got {tuple(features.shape)}")
@@ -72,7 +72,7 @@ class SpeakerModel(nn.Module):
         check_lengths(lengths, features.transpose(1, 2))
         frames, lengths = self.encoder(features, lengths)
         pooled = self.pooling(frames, lengths)
-        if not torch.is_autocast_enabled(pooled.device.type):
+        if autocast_type(pooled.device.type) is None:
             # At a precision of its own the network pools in float32.
             pooled = pooled.to(next((p.dtype for p in self.projector.parameters()), own))
         return self.projector(pooled)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -29,6 +29,8 @@ _PRODUCTS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "bf16", "fp16")}
 # Whose kernels train.
 _TRAINS = {"cpu": "native", "cuda": "triton"}
 _PLAIN = (Tensor, nn.Parameter)
+# What a module computes by beside its tensors.
+_NUMBERS = ("dilation", "eps", "groups", "padding", "padding_mode", "reflect", "stride")
 # Of the modules of torch that the kernels replace, and of a ModuleList.
 _FORWARDS = frozenset(
     (
@@ -42,6 +44,13 @@ _FORWARDS = frozenset(
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 _OF_TYPE: Mapping[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def autocast_type(device: str) -> torch.dtype | None:
+    """What autocast computes in on devices of a type; None where it is off, or torch has none, as on meta tensors."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 class Kept(Generic[_Packed]):
@@ -105,21 +114,25 @@ class InferenceLayer(nn.Module):
 
     def obstacle(self) -> str | None:
         """Why its kernels never run, whatever the inputs, the device and the mode; None where they do."""
-        return _Inside(self).unknown
+        inside = _Inside(self)
+        return inside.unknown or inside.misfit
+
+    def misfit(self) -> str | None:
+        """What the modules inside, of classes that are known, compute otherwise than the kernels of inference."""
+        return None
 
     def products_at(self, x: Tensor) -> Precision:
         """Precision of the products: that which was set, or that of the weights or of autocast where it is half."""
         if self.precision != "fp32":
             return self.precision
-        if torch.is_autocast_enabled(x.device.type):
-            return _OF_TYPE.get(torch.get_autocast_dtype(x.device.type), "fp32")
-        return _OF_TYPE.get(x.dtype, "fp32")
+        return _OF_TYPE.get(autocast_type(x.device.type) or x.dtype, "fp32")
 
     def weights_for_kernels(self, x: Tensor, *others: Tensor) -> list[Tensor] | None:
         """All parameters and buffers where the kernels of inference apply to these inputs, else None."""
         if (
             self.training
             or torch.compiler.is_compiling()
+            or x.ndim != 3
             or not _can_run_kernels(x, *others)
             or backends.resolve(x.device, "auto", self.op) == "reference"
             or self.products_at(x) not in _PRODUCTS[x.device.type]
@@ -141,8 +154,8 @@ class InferenceLayer(nn.Module):
         Training is what wants a gradient, or the statistics of a batch.
         """
         device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        precision = _OF_TYPE.get(torch.get_autocast_dtype(device)) if autocast else "fp32"
+        autocast = autocast_type(device)
+        precision = "fp32" if autocast is None else _OF_TYPE.get(autocast)
         backend = _TRAINS.get(device)
         if (
             backend is None
@@ -151,8 +164,8 @@ class InferenceLayer(nn.Module):
             or precision not in _PRODUCTS[device]
             or x.ndim != 3
             or x.numel() < 2 * x.shape[1]  # of one value a channel there is no variance, and torch says so
-            or not (autocast or x.dtype == torch.float32)
-            or not _can_run_kernels(x, *others, of_one_type=not autocast)
+            or not (autocast is not None or x.dtype == torch.float32)
+            or not _can_run_kernels(x, *others, of_one_type=autocast is None)
             or backends.resolve(x.device, "auto", "tdnn_layer") != backend
         ):
             return None
@@ -173,7 +186,9 @@ class InferenceLayer(nn.Module):
             # A number of a module, which is no tensor, may be what changed.
             self.__dict__.pop("_kept", None)
             inside = self.__dict__["_inside"] = _Inside(self)
-        return None if inside.unknown is not None or inside.is_watched(evaluating) else inside
+        if inside.unknown is not None or (evaluating and inside.misfit is not None) or inside.is_watched(evaluating):
+            return None
+        return inside
 
     def _known_to_compiler(self) -> bool:
         """The same, in words that torch.compile can follow."""
@@ -199,8 +214,7 @@ def _can_run_kernels(x: Tensor, *others: Tensor, of_one_type: bool = True) -> bo
         or any(part.dtype not in types for part in (x, *others))
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or backends.is_transformed()
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
@@ -214,12 +228,14 @@ class _Inside:
     Attributes:
         tensors: All parameters and buffers.
         unknown: What the kernels cannot see, of the tensors or of what the modules compute; None where they see all.
+        misfit: See :meth:`InferenceLayer.misfit`.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self.tensors: list[Tensor] = []
-        self.unknown: str | None = None
+        reasons: list[str] = []
         self._entries: list[tuple[dict[str, Any], str, Any]] = []
+        self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self._sizes: list[tuple[dict[str, Any], int]] = []
         self._modules: list[dict[str, Any]] = []
         waiting = [layer]
@@ -228,26 +244,31 @@ class _Inside:
             of_module = module.__dict__
             if module is not layer:
                 self._modules.append(of_module)
+                self._classes.append((module, type(module)))
                 if not _is_known(type(module)):
-                    self.unknown = f"a {type(module).__name__} of another class than torch's"
-                if "eps" in of_module:
-                    self._entries.append((of_module, "eps", of_module["eps"]))
+                    reasons.append(f"a {type(module).__name__} of another class than torch's")
+            self._entries += [(of_module, name, of_module[name]) for name in _NUMBERS if name in of_module]
             for kind in ("_parameters", "_buffers", "_modules"):
                 self._entries += [(of_module[kind], name, value) for name, value in of_module[kind].items()]
             self._sizes.append((of_module["_modules"], len(of_module["_modules"])))
             self.tensors += [value for kind in ("_parameters", "_buffers") for value in of_module[kind].values()]
-            waiting += [child for child in of_module["_modules"].values() if child is not None]
+            waiting += [child for child in reversed(of_module["_modules"].values()) if child is not None]
         self.tensors = [tensor for tensor in self.tensors if tensor is not None]
         for tensor in self.tensors:
             if type(tensor) not in _PLAIN:
-                self.unknown = f"a {type(tensor).__name__} in place of a tensor"
+                reasons.append(f"a {type(tensor).__name__} in place of a tensor")
             elif tensor.dtype == torch.float64:
-                self.unknown = "float64 weights"
+                reasons.append("float64 weights")
             elif tensor.is_inference():  # of which changes are not counted
-                self.unknown = "weights made in inference mode"
+                reasons.append("weights made in inference mode")
+        self.unknown = reasons[0] if reasons else None
+        self.misfit = layer.misfit() if self.unknown is None and isinstance(layer, InferenceLayer) else None
 
     def changed(self) -> bool:
-        """Whether a module was added, or a module, tensor or ``eps`` put in the place of another one."""
+        """Whether a module was added, or a module, its class, a tensor or a number replaced."""
+        for module, kind in self._classes:
+            if type(module) is not kind:
+                return True
         for values, size in self._sizes:
             if len(values) != size:
                 return True
@@ -353,7 +374,7 @@ def set_precision(module: nn.Module, precision: Precision) -> nn.Module:
     """
     check_name("precision", precision, list(PRECISIONS))
     layers = _some_inference_layers(module)
-    for name, layer in layers.items():
+    for name, (layer, *_) in layers.items():
         types = {tensor.dtype for tensor in layer.parameters()} - {torch.float32}
         if precision != "fp32" and types:
             raise InputError(f"precision {precision!r} needs float32 weights, {name or 'the module'} has {types.pop()}")
@@ -363,7 +384,7 @@ def set_precision(module: nn.Module, precision: Precision) -> nn.Module:
                 f"precision 'int8' needs calibration: {name or 'the module'} has no range of {missing[0]!r}; "
                 "'spkfast calibrate' finds the ranges, spkfast.nn.calibrate those of a network in memory"
             )
-    for layer in layers.values():
+    for layer in itertools.chain(*layers.values()):
         layer.precision = precision
     return module
 
@@ -392,7 +413,7 @@ def calibrate(module: nn.Module, batches: Iterable[Any], *, coverage: float = 0.
     if not 0 < coverage <= 1:
         raise InputError(f"coverage must be above 0 and at most 1, got {coverage}")
     layers = _some_inference_layers(module)
-    precisions = {name: layer.precision for name, layer in layers.items()}
+    precisions = [(layer, layer.precision) for layer in itertools.chain(*layers.values())]
     seen: dict[str, dict[str, Range]] = {name: {} for name in layers}
 
     def watcher(name: str, key: str) -> Callable[..., None]:
@@ -413,7 +434,8 @@ def calibrate(module: nn.Module, batches: Iterable[Any], *, coverage: float = 0.
 
     handles = [
         inner.register_forward_pre_hook(watcher(name, key), with_kwargs=True)
-        for name, layer in layers.items()
+        for name, alike in layers.items()
+        for layer in alike
         for key, inner in quantised_inputs(layer).items()
     ]
     count = 0
@@ -426,11 +448,11 @@ def calibrate(module: nn.Module, batches: Iterable[Any], *, coverage: float = 0.
     finally:
         for handle in handles:
             handle.remove()
-        for name, layer in layers.items():
-            layer.precision = precisions[name]
+        for layer, precision in precisions:
+            layer.precision = precision
     if not count:
         raise InputError("calibration needs at least one batch")
-    for name, layer in layers.items():
+    for name, (layer, *_) in layers.items():
         unseen = [key for key in quantised_inputs(layer) if key not in seen[name]]
         if unseen:
             raise InputError(f"no batch reached {unseen[0]!r} of {name or 'the module'}, which needs a range")
@@ -464,14 +486,15 @@ def set_input_ranges(module: nn.Module, ranges: Mapping[str, Mapping[str, Sequen
             raise InputError(f"the ranges name {name!r}, which is no layer with an inference form")
         if not isinstance(of_layer, Mapping):
             raise InputError(f"the ranges of {name} must be a mapping, got {of_layer!r}")
-        known = quantised_inputs(layers[name])
+        known = quantised_inputs(layers[name][0])
         checked[name] = {}
         for key, value in of_layer.items():
             if key not in known:
                 raise InputError(f"the ranges of {name} name {key!r}, which it does not have")
             checked[name][key] = _checked_range(f"the range of {key!r} of {name}", value)
     for name, of_checked in checked.items():
-        layers[name].input_ranges = of_checked
+        for layer in layers[name]:
+            layer.input_ranges = of_checked
 
 
 def _checked_range(name: str, value: Sequence[float]) -> Range:
@@ -487,27 +510,40 @@ def inference_layers(module: nn.Module) -> dict[str, InferenceLayer]:
 
     Those of layers that :func:`spkfast.accelerate` swapped count as being in their place.
     """
-    found: dict[str, InferenceLayer] = {}
+    return {name: alike[0] for name, alike in _layers("", module).items()}
 
-    def visit(name: str, inner: nn.Module) -> None:
-        if isinstance(inner, InferenceLayer):
-            found[name] = inner
-            return
-        # A layer of another toolkit that spkfast.accelerate swapped computes by one that is no child of it.
-        swapped = getattr(inner, "_spkfast_inference_form", None)
-        inner = (swapped() if callable(swapped) else None) or inner
-        if isinstance(inner, InferenceLayer):
-            found[name] = inner
-            return
-        for child_name, child in inner.named_children():
-            visit(f"{name}.{child_name}" if name else child_name, child)
 
-    visit("", module)
+def _layers(name: str, module: nn.Module) -> dict[str, list[InferenceLayer]]:
+    """The layers, each with the one that computes the same where a whole network that was swapped cannot run."""
+    # A layer of another toolkit that spkfast.accelerate swapped computes by one that is no child of it.
+    swapped = getattr(module, "_spkfast_inference_form", None)
+    form = swapped() if callable(swapped) else None
+    layer = module if form is None else form
+    if isinstance(layer, InferenceLayer):
+        return {name: [layer]}
+    found = _layers_of_children(name, layer)
+    if form is not None:
+        inside = itertools.chain(*_layers_of_children(name, module).values())
+        by_parameters = {id(_first_parameters(other)): other for other in inside}
+        for alike in found.values():
+            alike += filter(None, [by_parameters.get(id(_first_parameters(alike[0])))])
     return found
 
 
-def _some_inference_layers(module: nn.Module) -> dict[str, InferenceLayer]:
-    found = inference_layers(module)
+def _layers_of_children(name: str, module: nn.Module) -> dict[str, list[InferenceLayer]]:
+    found: dict[str, list[InferenceLayer]] = {}
+    for child_name, child in module.named_children():
+        found |= _layers(f"{name}.{child_name}" if name else child_name, child)
+    return found
+
+
+def _first_parameters(layer: nn.Module) -> dict[str, Any]:
+    """Where a layer holds its first parameters, which are those of one layer of torch."""
+    return next(part._parameters for part in layer.modules() if part._parameters)
+
+
+def _some_inference_layers(module: nn.Module) -> dict[str, list[InferenceLayer]]:
+    found = _layers("", module)
     if not found:
         raise InputError(f"{type(module).__name__} has no layer with an inference form")
     return found

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from spkfast.errors import InputError
 from spkfast.functional import weighted_moments, weighted_moments_from_hidden
-from spkfast.nn.inference import InferenceLayer, has_inference_form, inference_params
+from spkfast.nn.inference import InferenceLayer, autocast_type, has_inference_form, inference_params
 from spkfast.nn.training import Kernels
 from spkfast.ops._attentive_pooling import PackedAttention, attentive_moments, fits
 from spkfast.ops._tdnn_training import conv_relu
@@ -129,7 +129,7 @@ class Pooling(InferenceLayer):
         pooled = self.pool(frames, lengths)
         # Under autocast what follows is computed in the type that it chooses; and what comes before at a precision of
         # its own is of no type that the rest has.
-        if self.precision != "fp32" or torch.is_autocast_enabled(x.device.type):
+        if self.precision != "fp32" or autocast_type(x.device.type) is not None:
             return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
         return pooled.to(x.dtype)
 
@@ -221,15 +221,16 @@ class AttentiveStatsPool(Pooling):
 
     def obstacle(self) -> str | None:
         """Why its kernels never run."""
-        if self.shared_weights:
-            return "one weight per frame for all channels"
-        if not has_inference_form(self.bn):
-            return "batch norm without running statistics"
         return InferenceLayer.obstacle(self)
 
+    def misfit(self) -> str | None:
+        """What it computes otherwise than its kernels of inference."""
+        if self.shared_weights:
+            return "one weight per frame for all channels"
+        return None if has_inference_form(self.bn) else "batch norm without running statistics"
+
     def pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        known = not self.shared_weights and has_inference_form(self.bn)
-        tensors = self.weights_for_kernels(x) if known else None
+        tensors = self.weights_for_kernels(x)
         if tensors is not None:
             return self._pool_by_kernels(x, lengths, tensors)
         if self.precision != "fp32":

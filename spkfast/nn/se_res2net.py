@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,16 @@ from spkfast.errors import InputError
 from spkfast.functional import weighted_moments
 from spkfast.nn.inference import InferenceLayer, has_inference_form, inference_params
 from spkfast.nn.training import Kernels, activate, normalise
+from spkfast.ops._packing import PackedLayer
 from spkfast.ops._tdnn_training import channel_affine
-from spkfast.ops.se_res2net_block import BlockForm, pack_block, run_packed_block
+from spkfast.ops.se_res2net_block import BlockForm, PackedBlock, pack_block, run_packed_block
 from spkfast.ops.tdnn_layer import pack_tdnn_layer, run_packed_layer
 from spkfast.reference import SERes2NetParams
 
 PaddingMode = Literal["zeros", "reflect"]
 Identity = Literal["first", "last"]
+_CHANGED = "a convolution of another stride or padding"
+_NO_STATISTICS = "batch norm without running statistics"
 
 
 class Frames(NamedTuple):
@@ -92,26 +95,32 @@ class TdnnLayer(InferenceLayer):
         """Where the inputs of its product are seen."""
         return {"in": self}
 
-    def obstacle(self) -> str | None:
-        """Why its kernels never run."""
-        return _obstacle([self], []) or super().obstacle()
+    def misfit(self) -> str | None:
+        """What its convolution or batch norm compute otherwise than the kernels of inference."""
+        return _misfit(self.conv, self.bn, self.has_kernels())
 
     def forward(self, x: Tensor | Sequence[Tensor], frames: Frames | None = None) -> Tensor:
-        """(B, C_in, T), or several inputs that have C_in channels together, to (B, C_out, T)."""
+        """(B, C_in, T), or several inputs that have C_in channels together, to (B, C_out, T).
+
+        Raises:
+            InputError: If an input has another number of dimensions. Of channels that are wrong the message is that of
+                what runs: a ValueError or, of modules of torch, a RuntimeError.
+        """
         inputs = [x] if isinstance(x, Tensor) else list(x)
+        for part in inputs:
+            # The convolution alone takes one utterance, (C, T), too.
+            if part.ndim != 3 and not (part.ndim == 2 and self.bn is None and not self.reflect):
+                raise _wrong_dimensions(part)
         tensors = self.weights_for_kernels(*inputs)
-        if tensors is not None and _obstacle([self], []) is None:
+        if tensors is not None:
             precision, parts = self.products_at(inputs[0]), [part.shape[1] for part in inputs]
-            packed = self.kept.of(
-                tensors,
-                (precision, parts, self.input_ranges.get("in")),
-                lambda: pack_tdnn_layer(
-                    inference_params(self.conv, self.bn),
-                    parts,
-                    precision=precision,
-                    input_range=self.input_ranges.get("in"),
-                ),
-            )
+
+            def pack() -> PackedLayer:
+                params, input_range = inference_params(self.conv, self.bn), self.input_ranges.get("in")
+                _check_channels(sum(parts), params.weight)
+                return pack_tdnn_layer(params, parts, precision=precision, input_range=input_range)
+
+            packed = self.kept.of(tensors, (precision, parts, self.input_ranges.get("in")), pack)
             return run_packed_layer(
                 inputs,
                 packed,
@@ -133,11 +142,8 @@ class TdnnLayer(InferenceLayer):
         return x if self.bn is None else self.bn(x)
 
     def has_kernels(self) -> bool:
-        """Whether the convolution, which may have been changed or replaced, is one that can be trained on kernels."""
-        conv = self.conv
-        padding = 0 if self.reflect else (conv.kernel_size[0] - 1) // 2 * conv.dilation[0]
-        known = (conv.groups, conv.stride, conv.padding, conv.padding_mode) == (1, (1,), (padding,), "zeros")
-        return known and conv.kernel_size[0] % 2 == 1
+        """Whether kernels compute what the convolution does, which may have been changed or replaced."""
+        return _keeps_frames(self.conv, self.padding, self.reflect)
 
     def train_on(
         self, inputs: Sequence[Tensor], kernels: Kernels, added: Tensor | None = None
@@ -238,6 +244,8 @@ class SERes2NetBlock(InferenceLayer):
     Speaker Verification", Interspeech 2020.
     """
 
+    op = "se_res2net_block"
+
     def __init__(
         self,
         channels: int,
@@ -260,15 +268,23 @@ class SERes2NetBlock(InferenceLayer):
         self.se = SqueezeExcitation(channels, se_channels, se_bn)
         self.shortcut = None if in_channels == channels else nn.Conv1d(in_channels, channels, 1)
 
-    op = "se_res2net_block"
-
     def quantised(self) -> dict[str, nn.Module]:
         """Where the inputs of its products are seen."""
         return {"in": self.in_, "out": self.out} | {f"res.{j}": layer for j, layer in enumerate(self.res)}
 
-    def obstacle(self) -> str | None:
-        """Why its kernels never run."""
-        return _obstacle([self.in_, *self.res, self.out], [self.se.bn]) or super().obstacle()
+    def misfit(self) -> str | None:
+        """What its convolutions or batch norms compute otherwise than the kernels of inference."""
+        layers = cast("list[TdnnLayer]", [self.in_, *self.res, self.out])
+        found = next(filter(None, (layer.misfit() for layer in layers)), None)
+        if found is not None:
+            return found
+        if len({(layer.conv.kernel_size, layer.conv.dilation, layer.reflect) for layer in layers[1:-1]}) > 1:
+            return "Res2 convolutions of different dilations, taps or padding"
+        if not self.in_.conv.kernel_size == self.out.conv.kernel_size == (1,):
+            return "more than one tap outside of the Res2 convolutions"
+        if self.shortcut is not None and not _keeps_frames(self.shortcut):
+            return _CHANGED
+        return None if has_inference_form(self.se.bn) else _NO_STATISTICS
 
     def forward(self, x: Tensor, frames: Frames | None = None, *, padding: Frames | None = None) -> Tensor:
         """(B, C_in, T) to (B, C, T).
@@ -279,29 +295,32 @@ class SERes2NetBlock(InferenceLayer):
             x: The input.
             frames: Real frames, over which the squeeze-and-excitation takes its mean.
             padding: Real frames at whose ends the convolutions pad; None for the ends of the batch.
+
+        Raises:
+            InputError: As :class:`TdnnLayer`.
         """
+        if x.ndim != 3:
+            raise _wrong_dimensions(x)
         convolutions = [*self.res]
         first = convolutions[0] if convolutions else self.in_
         layers = [self.in_, *convolutions, self.out]
         tensors = self.weights_for_kernels(x)
-        if tensors is not None and _obstacle(layers, [self.se.bn]) is None:
-            precision = self.products_at(x)
-            packed = self.kept.of(
-                tensors,
-                (precision, tuple(self.input_ranges.items())),
-                lambda: pack_block(
-                    SERes2NetParams(
-                        inference_params(self.in_.conv, self.in_.bn),
-                        [inference_params(layer.conv, layer.bn) for layer in convolutions],
-                        inference_params(self.out.conv, self.out.bn),
-                        inference_params(self.se.fc1, self.se.bn),
-                        inference_params(self.se.fc2),
-                        None if self.shortcut is None else inference_params(self.shortcut),
-                    ),
-                    precision,
-                    self.input_ranges,
-                ),
-            )
+        if tensors is not None:
+            precision, channels = self.products_at(x), x.shape[1]
+
+            def pack() -> PackedBlock:
+                params = SERes2NetParams(
+                    inference_params(self.in_.conv, self.in_.bn),
+                    [inference_params(layer.conv, layer.bn) for layer in convolutions],
+                    inference_params(self.out.conv, self.out.bn),
+                    inference_params(self.se.fc1, self.se.bn),
+                    inference_params(self.se.fc2),
+                    None if self.shortcut is None else inference_params(self.shortcut),
+                )
+                _check_channels(channels, params.in_.weight)
+                return pack_block(params, precision, self.input_ranges)
+
+            packed = self.kept.of(tensors, (precision, channels, tuple(self.input_ranges.items())), pack)
             return run_packed_block(
                 x,
                 packed,
@@ -333,7 +352,7 @@ class SERes2NetBlock(InferenceLayer):
             output, total = cast(TdnnLayer, layer).train_on([total], kernels, following)
             outputs.append(output)
         outputs.insert(0 if self.res.first_passes else len(outputs), passed)
-        out = activate(self.out.conv, self.out.bn, outputs, kernels, reflect=False, moments=True)
+        out = activate(self.out.conv, self.out.bn, outputs, kernels, reflect=self.out.reflect, moments=True)
         assert out.moments is not None and out.scale is not None and out.shift is not None
         gates = self.se.gates(out.moments.mean * out.scale + out.shift).float()
         rest = x if self.shortcut is None else self.shortcut(x)
@@ -344,14 +363,39 @@ class SERes2NetBlock(InferenceLayer):
         return total if same else gated + rest  # in the wider type, as of the modules under autocast
 
 
-def _obstacle(layers: Sequence[Any], norms: Sequence[nn.Module | None]) -> str | None:
-    """What layers and batch norms have that the kernels cannot compute."""
-    for layer in layers:
-        if layer.conv.groups != 1:
-            return f"{layer.conv.groups} groups of channels"
-        if not has_inference_form(layer.bn):
-            return "batch norm without running statistics"
-    return None if all(map(has_inference_form, norms)) else "batch norm without running statistics"
+def _keeps_frames(conv: nn.Conv1d, padding: int = 0, reflect: bool = False) -> bool:
+    """Whether kernels compute what a convolution does: one group, steps of one frame, as many frames as before.
+
+    Args:
+        conv: The convolution.
+        padding: Frames that its layer adds on either side.
+        reflect: Whether these are mirrored ones, in place of zeros.
+    """
+    reach = (conv.kernel_size[0] - 1) // 2 * conv.dilation[0]
+    if conv.kernel_size[0] % 2 == 0 or (conv.groups, conv.stride, conv.padding_mode) != (1, (1,), "zeros"):
+        return False
+    if reflect:
+        return reach == padding and conv.padding in ((0,), "valid")
+    if not padding:
+        return reach == 0 and conv.padding in ((0,), "same", "valid")
+    return reach > 0 and conv.padding in ((reach,), "same")
+
+
+def _misfit(conv: nn.Conv1d, bn: nn.Module | None, has_kernels: bool) -> str | None:
+    if conv.groups != 1:
+        return f"{conv.groups} groups of channels"
+    if not has_kernels:
+        return _CHANGED
+    return None if has_inference_form(bn) else _NO_STATISTICS
+
+
+def _wrong_dimensions(x: Tensor) -> InputError:
+    return InputError(f"x must have shape (B, C, T), got {tuple(x.shape)}")
+
+
+def _check_channels(channels: int, weight: Tensor) -> None:
+    if channels != weight.shape[1]:
+        raise InputError(f"x must have {weight.shape[1]} channels, got {channels}")
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:

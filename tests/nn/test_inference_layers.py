@@ -135,6 +135,10 @@ def change_data_in_place(model: nn.Module) -> None:
     model.eval()
 
 
+def change_dilation(conv: Any, dilation: int) -> None:
+    conv.dilation = conv.padding = (dilation,)
+
+
 def replace(name: str) -> Callable[[nn.Module], None]:
     other = randomized("wespeaker", seed=7)
     return lambda model: model.set_submodule(name, other.get_submodule(name))
@@ -165,6 +169,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "buffer in place": lambda model: model.encoder.blk2.res[1].bn.running_mean.add_(1),
     "squeeze-and-excitation": lambda model: model.encoder.blk2.se.fc2.bias.add_(1),
     "eps": lambda model: setattr(model.encoder.blk2.out.bn, "eps", 0.5),
+    "all dilations": lambda model: [change_dilation(layer.conv, 5) for layer in model.encoder.blk2.res],
     "fused, without gradients": fused_without_gradients,
     "stem": lambda model: model.encoder.stem.conv.bias.add_(1),
     "pooling": lambda model: model.pooling.fc1.weight.mul_(3),
@@ -403,6 +408,76 @@ def test_modules_that_do_more_run_themselves(other: Callable[[nn.Conv1d], nn.Mod
     assert relative_error(got, plain(model, *inputs)) < 1e-5
 
 
+class Doubled(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("called", [True, False], ids=["after a call", "at once"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": (2,)},
+        {"padding": (0,)},
+        {"padding": (1,), "padding_mode": "circular"},
+        {"dilation": (1,)},
+        {"__class__": Doubled},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("reflect", [False, True])
+def test_changed_convolutions_run_themselves(reflect: bool, change: dict[str, Any], called: bool) -> None:
+    net = layers.TdnnLayer(6, 5, 3, 2, padding_mode="reflect" if reflect else "zeros").eval()
+    x = torch.randn(3, 6, 17)
+    with torch.no_grad():
+        if called:
+            net(x)
+        for name, value in change.items():
+            setattr(net.conv, name, value)
+        net.conv._reversed_padding_repeated_twice = [1, 1]
+        assert (net.obstacle() is None) == (reflect and change == {"padding": (0,)})  # as it was made
+        got, want = net(x), plain(copy.deepcopy(net), x)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("change", ["dilation", "reflect", "taps of in_", "stride of the shortcut"])
+def test_changed_blocks_run_themselves(change: str) -> None:
+    net = SERes2NetBlock(16, scale=4, se_channels=4, in_channels=8).eval()
+    x = torch.randn(2, 8, 13)
+    with torch.no_grad():
+        net(x)
+        if change == "dilation":
+            change_dilation(net.res[1].conv, 2)
+            words = "Res2 convolutions of different dilations, taps or padding"
+        elif change == "reflect":
+            net.res[2] = layers.TdnnLayer(4, 4, 3, padding_mode="reflect").eval()
+            words = "Res2 convolutions of different dilations, taps or padding"
+        elif change == "taps of in_":
+            net.in_ = layers.TdnnLayer(8, 16, 3).eval()
+            words = "more than one tap outside of the Res2 convolutions"
+        else:
+            net.shortcut.padding, net.shortcut.padding_mode = (1,), "circular"
+            net.shortcut._reversed_padding_repeated_twice = [0, 0]
+            words = "a convolution of another stride or padding"
+        got = net(x)
+        assert net.obstacle() == words
+        torch.testing.assert_close(got, plain(copy.deepcopy(net), x))
+
+
+def test_same_padding_is_that_of_the_kernels() -> None:
+    net, x = layers.TdnnLayer(6, 5, 3, 2).eval(), torch.randn(3, 6, 17)
+    with torch.no_grad():
+        want = net(x)
+        net.conv.padding = "same"
+        assert net.obstacle() is None and torch.equal(net(x), want)
+
+
+def test_the_first_reason_is_told() -> None:
+    layer = layers.TdnnLayer(8, 8)
+    layer.conv = halved_inside(layer.conv)
+    assert layer.double().obstacle() == "a HalvedInside of another class than torch's"
+
+
 def test_added_batch_norm_counts() -> None:
     layer = layers.TdnnLayer(8, 8, batch_norm=False).eval()
     x = torch.randn(1, 8, 10)
@@ -485,6 +560,26 @@ def test_wrong_number_of_channels(channels: int, precision: str) -> None:
                 layer(torch.randn(2, channels, 20))
             with torch.no_grad():
                 layer(x)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_wrong_inputs_are_named(training: bool) -> None:
+    for layer in (layers.TdnnLayer(8, 8, 3), SERes2NetBlock(8, scale=4, se_channels=4)):
+        layer.train(training)
+        with torch.set_grad_enabled(training):
+            with pytest.raises(ValueError, match=r"^x must have 8 channels, got 7"):
+                layer(torch.randn(2, 7, 20))
+            for shape in ((8,), (8, 8), (2, 8, 20, 1)):
+                with pytest.raises(InputError, match=r"^x must have shape \(B, C, T\), got \(" + str(shape)[1:-1]):
+                    layer(torch.randn(shape))
+
+
+def test_meta_tensors_have_shapes() -> None:
+    for training in (False, True):
+        layer = SERes2NetBlock(8, scale=4, se_channels=4).train(training).to("meta")
+        pool = poolings.create("astp", 8).train(training).to("meta")
+        out = pool(layer(torch.randn(2, 8, 20, device="meta")))
+        assert out.is_meta and out.shape == (2, 16)
 
 
 def test_replicas_pack_for_themselves() -> None:

@@ -379,6 +379,20 @@ def test_autocast_keeps_statistics_in_float32(name):
     assert (got - exact).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("name", poolings.list())
+def test_gradients_of_each_row_by_vmap(name):
+    pool, x, lengths = small(name).float().eval(), torch.randn(3, 8, 9), torch.tensor([9, 4, 7])
+
+    def loss(x, length):
+        return pool(x[None], length[None]).sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(x, lengths)
+    for row, length, gradient in zip(x, lengths, found, strict=True):
+        row = row.clone().requires_grad_()
+        (want,) = torch.autograd.grad(loss(row, length), row)
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
 def test_maps_are_flattened_channel_major():
     pool = poolings.create("tap", 6)
     x = torch.arange(6.0).reshape(1, 2, 3, 1).expand(1, 2, 3, 4)

@@ -15,13 +15,15 @@ from torch.nn import functional as F
 
 from spkfast.acceleration.network import Network
 from spkfast.nn import poolings
-from spkfast.nn.inference import InferenceLayer, inference_params
+from spkfast.nn.inference import InferenceLayer, autocast_type, inference_params
 from spkfast.nn.se_res2net import SERes2NetBlock, TdnnLayer, real_frames
 from spkfast.ops.tdnn_layer import pack_tdnn_layer, run_packed_layer
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d)
 NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 _SETTINGS = ("precision", "input_ranges")
+# What a convolution computes by beside its tensors, and look() tells.
+_NUMBERS = ("dilation", "groups", "padding", "padding_mode", "stride")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TITLES = {
     "conv": "convolution",
@@ -159,7 +161,7 @@ class Plan:
 
 def _in_type_of(x: Tensor, out: Tensor) -> Tensor:
     """The output of a layer in the type that the code around it counts on; autocast gives it another one."""
-    return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)
+    return out.to(x.dtype) if autocast_type(x.device.type) is None else out
 
 
 def _counts(lengths: Tensor, frames: int) -> Tensor:
@@ -270,9 +272,13 @@ class _View:
 
     def __init__(self, module: nn.Module, plan: Plan, settings: dict[str, dict[str, Any]]) -> None:
         self.plan, self._module = plan, weakref.ref(module)
-        self._links = [(of._modules, name, part) for of in module.modules() for name, part in of._modules.items()]
+        self._settings = settings
+        self._links: list[tuple[dict[str, Any], str, Any]] = [
+            (of._modules, name, part) for of in module.modules() for name, part in of._modules.items()
+        ]
         self._sizes = [(of._modules, len(of._modules)) for of in module.modules()]
         parts = [part for part in module.modules() if part is not module]
+        self._classes = [(part, type(part)) for part in parts]
         # Each must be empty: what hangs on a part, or was put in its place, counts on its code being run.
         self._empty = [getattr(part, name) for part in parts for name in _HOOKS]
         self._attributes = [part.__dict__ for part in parts]
@@ -281,6 +287,12 @@ class _View:
         self.layer: nn.Module | None = None
         found = dict(module.named_modules(remove_duplicate=False))
         leaves = [found.get(name) for name in plan.leaves.values()]
+        self._links += [
+            (leaf.__dict__, name, leaf.__dict__[name])
+            for leaf in leaves
+            for name in _NUMBERS
+            if leaf is not None and name in leaf.__dict__
+        ]
         looks = tuple(leaf and look(leaf) for leaf in leaves or [module])
         if (plan.looks, plan.others) == (looks, plan.others_in(module)):
             self._empty += [leaf._modules for leaf in leaves or [module] if leaf is not None and look(leaf)]
@@ -291,7 +303,9 @@ class _View:
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Precision and ranges of its inference layers, by name."""
-        parts = {} if self.layer is None else dict(self.layer.named_modules())
+        if self.layer is None:
+            return self._settings
+        parts = dict(self.layer.named_modules())
         return {
             name: {key: part.__dict__[key] for key in _SETTINGS if key in part.__dict__}
             for name, part in parts.items()
@@ -299,12 +313,19 @@ class _View:
         }
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether it is of this module, which is still made of the same parts."""
-        return (
-            self._module() is module
-            and all(len(parts) == size for parts, size in self._sizes)
-            and all(parts.get(name) is part for parts, name, part in self._links)
-        )
+        """Whether it is of this module, which is still made of the same parts, of the same classes and numbers."""
+        if self._module() is not module:
+            return False
+        for parts, size in self._sizes:
+            if len(parts) != size:
+                return False
+        for part, kind in self._classes:
+            if type(part) is not kind:
+                return False
+        for values, name, value in self._links:  # noqa: SIM110 (faster than all)
+            if values.get(name) is not value:
+                return False
+        return True
 
     def usable(self, module: nn.Module) -> bool:
         """Whether it may run in place of the module's own code; if so it is in the module's mode."""

@@ -26,7 +26,7 @@ class Network(nn.Module):
     def __init__(self, family: str, config: dict[str, Any]) -> None:
         super().__init__()
         self.family = family
-        self.net = EcapaTdnn(**{**config, "padding": "batch"})
+        self.net = EcapaTdnn(**config)
         if family == "taoruijie":
             self.torchfbank = self.specaug = nn.Identity()
 
@@ -65,7 +65,8 @@ def networks(module: nn.Module) -> Iterator[tuple[dict[str, Any], dict[str, str]
         return
     names = ["stem", *(f"blk{i}.res.0" for i in range(1, len(found.config["dilations"]))), "mfa"]
     convs = [module.get_submodule(leaves[f"encoder.{name}.conv"]) for name in names]
-    config = {**found.config, "dilations": [cast(nn.Conv1d, conv).dilation[0] for conv in convs]}
+    dilations = [cast(nn.Conv1d, conv).dilation[0] for conv in convs]
+    config = {**found.config, "dilations": dilations, "padding": "batch"}
     leaves = {f"net.{ours}": theirs for ours, theirs in leaves.items()}
     if found.family == "taoruijie":
         parts = dict(module.named_children())

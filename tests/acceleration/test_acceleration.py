@@ -372,6 +372,7 @@ def test_says_what_it_did(caplog):
     spkfast.accelerate(made("TaoRuijie"))
     lines = caplog.messages
     assert any(line.startswith("layer2 (TaoBlock) swapped for SE-Res2Net block") for line in lines)
+    assert any(line.startswith("the model itself (TaoRuijie)") and "'padding': 'batch'" in line for line in lines)
     assert "torchfbank (Sequential) stays: 0 (Spectrum) is part of no known layer" in lines
     assert sum(line.startswith("attention (Sequential) stays: it gives attention weights alone") for line in lines) == 1
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
@@ -382,6 +383,13 @@ def test_warns_once_where_nothing_is_known(caplog):
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(4, 2))
     assert spkfast.accelerate(net) is net
     assert caplog.messages == ["no layer of Sequential is known to spkfast: it stays as it is"]
+
+
+def test_models_without_values_stay(caplog):
+    caplog.set_level(logging.WARNING, "spkfast.accelerate")
+    with torch.device("meta"):
+        net = spkfast.accelerate(doubles.Wespeaker())
+    assert swapped(net) == [] and caplog.messages == ["no layer of Wespeaker is known to spkfast: it stays as it is"]
 
 
 def test_own_models_are_known(caplog):
@@ -489,6 +497,70 @@ def test_own_code_runs_where_it_must(monkeypatch):
     assert own()
 
 
+class DoubledConv(nn.Conv1d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "layers"])
+@pytest.mark.parametrize(
+    "change",
+    [{"dilation": (1,), "padding": (1,)}, {"padding_mode": "circular"}, {"__class__": DoubledConv}],
+    ids=str,
+)
+def test_own_code_runs_convolutions_that_were_changed(change, whole):
+    original = made("Wespeaker").eval()
+    net = spkfast.accelerate(copy.deepcopy(original) if whole else layers_alone(copy.deepcopy(original)))
+    exact = embedding(net)
+    convs = [model.layer2.se_res2block[1].convs[0] for model in (net, original)]
+    before = {name: getattr(convs[0], name) for name in change}
+    for conv in convs:
+        for name, value in change.items():
+            setattr(conv, name, value)
+    changed = embedding(original)
+    assert (embedding(net) - changed).abs().max() <= 2e-5 * changed.abs().max() < 0.1 * (exact - changed).abs().max()
+    for name, value in before.items():
+        setattr(convs[0], name, value)
+    assert torch.equal(embedding(net), exact)
+
+
+def test_settings_stay_while_a_layer_runs_its_own_code():
+    net = spkfast.accelerate(filled(doubles.WespeakerBlock(16, 2)).eval())
+    spkfast.nn.set_precision(net, "bf16")
+    x = torch.randn(2, 16, 12)
+    with torch.no_grad():
+        halved = net(x)
+        conv = net.se_res2block[1].convs[0]
+        net.se_res2block[1].convs[0] = nn.Identity()
+        net(x)
+        net.se_res2block[1].convs[0] = conv
+        assert torch.equal(net(x), halved)
+
+
+@pytest.mark.parametrize("name", [name for name in SWAPPED if "" in SWAPPED[name]])
+@pytest.mark.parametrize("hooked_first", [True, False])
+def test_settings_of_a_whole_network_reach_its_layers(name, hooked_first):
+    net = spkfast.accelerate(made(name).eval())
+    block = net.get_submodule(SWAPPED[name][-1 if name == "TaoRuijie" else 2])
+
+    def hooked():
+        return block.register_forward_hook(lambda *_: None)
+
+    first = hooked()
+    exact = embedding(net)  # by the layers, each swapped for itself
+    if not hooked_first:
+        first.remove()
+    spkfast.nn.calibrate(net, [arguments(net)])
+    found = []
+    for precision in ("bf16", "int8"):
+        spkfast.nn.set_precision(net, precision)
+        handle = hooked()
+        found.append(embedding(net))
+        handle.remove()
+    assert not torch.equal(found[0], exact) and not torch.equal(found[1], found[0])
+    assert lowest_cosine(found[0], exact) > 0.9995 and lowest_cosine(found[1], exact) > 0.995
+
+
 def test_frozen_batch_norm_is_used_frozen():
     net, original = (made("Wespeaker").double().train() for _ in range(2))
     spkfast.accelerate(net)
@@ -574,6 +646,38 @@ def test_compiles_without_breaks():
     compiled(x)
     assert counter.frame_count == 1
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_transforms_give_the_derivatives_of_its_own_code(name):
+    """Per-sample gradients of the weights, and forward-mode derivatives."""
+    original = made(name).eval()
+    nets = [copy.deepcopy(original).double(), original, spkfast.accelerate(copy.deepcopy(original))]
+    found = []
+    for net in nets:
+        values = {key: value.detach() for key, value in net.named_parameters()}
+        x, *others = arguments(net, next(iter(values.values())).dtype)
+
+        def loss(values, x, net=net, others=others):
+            out = torch.func.functional_call(net, values, (x[None], *others))
+            return (out[-1] if isinstance(out, tuple) else out).square().sum()
+
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)
+        _, tangent = torch.func.jvp(lambda values, x=x, loss=loss: loss(values, x[0]), (values,), (values,))
+        found.append({f"gradient of {key}": value for key, value in gradients.items()} | {"tangent": tangent})
+    truth, want, have = found
+    scale = max(value.abs().max().item() for value in truth.values())
+    worst = max((want[key] - value).abs().max().item() for key, value in truth.items())
+    for key, value in truth.items():
+        assert (have[key] - value).abs().max() <= 4 * max(worst, 2**-23 * scale), key
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_meta_tensors_have_shapes(name):
+    net = spkfast.accelerate(made(name).eval())
+    x, *others = arguments(net)
+    out = net.to("meta")(x.to("meta"), *others)
+    assert (out[-1] if isinstance(out, tuple) else out).shape == embedding(made(name).eval()).shape
 
 
 def test_exports_as_its_own_code_does():

@@ -37,8 +37,9 @@ _REMARK = (
     "backward. Errors are those of the gradients against float64, relative to the norm of either, the larger of both. "
     f"What leaves its bounds ({_MOST_ERROR['fp32'][1]:g}, in bf16 {_MOST_ERROR['bf16'][1]:g}; of the loss "
     f"{_MOST_ERROR['fp32'][0]:g} and {_MOST_ERROR['bf16'][0]:g}) counts in no figure. Memory is the peak of what the "
-    "process grew by, without the gradients. GFLOP/s are those of the three products that a head must make, for all "
-    "contenders alike; the kernels make the first one twice, and keep no cosines."
+    "process grew by in a second call, without the gradients; the kernels keep a few MiB from the first one. GFLOP/s "
+    "are those of the three products that a head must make, for all contenders alike; the kernels make the first one "
+    "twice, and keep no cosines."
 )
 
 Call = Callable[[], tuple[Tensor, ...]]

@@ -80,7 +80,8 @@ class Ahead {
   Ahead(const MarginBlock& block, int64_t steps)
       : next_(block.next),
         left_(block.next_bytes),
-        part_((left_ / steps + kLine) / kLine * kLine) {}
+        // A batch without rows has no steps.
+        part_(steps ? (left_ / steps + kLine) / kLine * kLine : 0) {}
   [[gnu::always_inline]] void fetch() {
     const char* end = next_ + smaller(part_, left_);
     left_ -= smaller(part_, left_);

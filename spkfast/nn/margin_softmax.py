@@ -52,8 +52,8 @@ class MarginHead(nn.Module):
     def form(self) -> MarginForm:
         """The settings at the present margin."""
         full = self._form
-        ramp = self.margin / full.margin if full.margin else 1.0
-        return full._replace(margin=self.margin, topk_margin=full.topk_margin * ramp)
+        ramp = float(self.margin) / full.margin if full.margin else 1.0
+        return full._replace(margin=float(self.margin), topk_margin=full.topk_margin * ramp)
 
     def extra_repr(self) -> str:
         """Sizes, and the settings that are not the usual ones."""
@@ -196,7 +196,8 @@ class MarginSoftmaxLoss(MarginHead):
         """
         if not isinstance(count, int) or count < 1:
             raise InputError(f"count must be a positive integer, got {count!r}")
-        rows = self._by_class(self._initial_rows(count).to(self.weight))
+        # As long as the others: their length decides how fast they turn.
+        rows = self._by_class(self._length * unit(self._initial_rows(count).to(self.weight)))
         before = self.num_speakers
         bias = None if self._class_bias is None else F.pad(self._class_bias, (0, count))
         self._replace(torch.cat([self._by_class(self.weight), rows]), bias)
@@ -215,23 +216,30 @@ class MarginSoftmaxLoss(MarginHead):
             means: Shape (len(speakers), E), as :func:`mean_embeddings` makes them.
 
         Raises:
-            InputError: If the shape is another one, or an index is out of range.
+            InputError: If the shape is another one, an index is out of range, or a mean is 0.
         """
         index = torch.as_tensor(speakers, dtype=torch.int64, device=self.weight.device)
         if means.shape != (index.numel(), self.embedding_dim):
             raise InputError(f"means must have shape ({index.numel()}, {self.embedding_dim}), got {tuple(means.shape)}")
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.num_speakers):
             raise InputError(f"speakers must lie in 0..{self.num_speakers - 1}")
+        short = torch.linalg.vector_norm(means.double(), dim=1) < 1e-12
+        if short.any():  # such a class would never get a gradient
+            raise InputError(f"means must have a direction, row {int(short.nonzero()[0])} has none")
         directions = unit(means.to(self.weight))[:, None].repeat(1, self._form.num_subcenters, 1)
         noise = torch.randn_like(directions[:, 1:])
         directions[:, 1:] = unit(directions[:, 1:] + 0.1 * unit(noise))
-        length = torch.linalg.vector_norm(self.weight, dim=1).mean()
-        self._by_class(self.weight)[index] = length * directions
+        self._by_class(self.weight)[index] = self._length * directions
 
     @property
     def _class_bias(self) -> nn.Parameter | None:
         """The bias, where each class has one."""
         return self.bias if self._form.kind == "softmax" else None
+
+    @property
+    def _length(self) -> Tensor:
+        """Of a row, in the mean."""
+        return torch.linalg.vector_norm(self.weight.detach(), dim=1).mean()
 
     def _by_class(self, weight: Tensor) -> Tensor:
         return weight.view(-1, self._form.num_subcenters, self.embedding_dim)
@@ -273,5 +281,5 @@ def mean_embeddings(embeddings: Tensor, target: Tensor, num_speakers: int) -> Te
         )
     if target.numel() and (int(target.min()) < 0 or int(target.max()) >= num_speakers):
         raise InputError(f"target must lie in 0..{num_speakers - 1}, got {int(target.min())} to {int(target.max())}")
-    sums = embeddings.new_zeros(num_speakers, embeddings.shape[1]).index_add_(0, target, unit(embeddings))
-    return unit(sums)
+    sums = torch.zeros(num_speakers, embeddings.shape[1], dtype=torch.float64, device=embeddings.device)
+    return unit(sums.index_add_(0, target, unit(embeddings.double()))).to(embeddings.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from spkfast.ops.margin_softmax_loss import (
     check_target,
     check_tensors,
     class_sums,
+    counted,
     losses_of,
     reduced,
     stats_of,
@@ -44,8 +46,8 @@ class ShardedMarginSoftmaxLoss(MarginHead):
 
     With ``sample_rate`` below 1 a step in training mode sees, of the classes of a process, those of its targets and
     random others; the gradient of ``weight`` is then sparse, and an optimiser that takes such gradients
-    (``torch.optim.SparseAdam``, ``torch.optim.SGD`` without momentum) leaves the rows of other classes alone. The loss
-    is then that of fewer classes.
+    (``torch.optim.SparseAdam``, ``torch.optim.SGD`` without momentum) leaves the rows of other classes alone; that of
+    the bias is dense. The loss is then that of fewer classes.
 
     Args:
         embedding_dim: Size E of the embeddings.
@@ -121,7 +123,7 @@ class ShardedMarginSoftmaxLoss(MarginHead):
             validate: Check ``target`` on a GPU as well, which waits for it.
 
         Returns:
-            As :class:`~spkfast.nn.MarginSoftmaxLoss`.
+            As :class:`~spkfast.nn.MarginSoftmaxLoss`; of a batch without rows NaN, with gradients that are right.
 
         Raises:
             InputError: As :func:`spkfast.functional.margin_softmax_loss`; the other processes then wait in vain.
@@ -130,6 +132,7 @@ class ShardedMarginSoftmaxLoss(MarginHead):
         check_tensors(embeddings, self.weight, self.bias, form)
         check_target(target, embeddings, self.num_speakers, validate)
         check_row_weights(row_weights, embeddings)
+        embeddings = counted(embeddings, row_weights)
         with no_autocast(embeddings.device.type):
             found = self._sums(embeddings, target, form)
             bias = self._replicated(1 / self.num_processes) if form.kind == "sphereface2" else self.bias
@@ -253,7 +256,7 @@ class ShardedMarginSoftmaxLoss(MarginHead):
         Returns:
             On the first process of the group, on the CPU; else None.
         """
-        per_class = share.shape[0] // self.classes
+        per_class = _rows_per_class(share, self.classes)
         sizes = [count * per_class for count in self._shares]
         send = [share.shape[0] if rank == 0 else 0 for rank in range(self.num_processes)]
         receive = sizes if self.rank == 0 else [0] * self.num_processes
@@ -262,8 +265,15 @@ class ShardedMarginSoftmaxLoss(MarginHead):
 
     def own_rows(self, full: Tensor) -> Tensor:
         """The rows of the classes of this process, of a tensor that has some for each class of all processes."""
-        per_class = full.shape[0] // self.num_speakers
+        per_class = _rows_per_class(full, self.num_speakers)
         return full[self.first * per_class : (self.first + self.classes) * per_class]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedMarginSoftmaxLoss:
+        memo[id(self.process_group)] = self.process_group  # which cannot be copied
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     def get_extra_state(self) -> dict[str, int]:
         """Which share this is."""
@@ -293,6 +303,12 @@ class ShardedMarginSoftmaxLoss(MarginHead):
             if begin < end:
                 weight[begin - first : end - first] = piece[begin - start : end - start]
         return weight
+
+
+def _rows_per_class(tensor: Tensor, classes: int) -> int:
+    if tensor.ndim == 0 or not tensor.shape[0] or tensor.shape[0] % classes:
+        raise InputError(f"the tensor must have rows for each of {classes} classes, got shape {tuple(tensor.shape)}")
+    return tensor.shape[0] // classes
 
 
 class _Exchange(torch.autograd.Function):

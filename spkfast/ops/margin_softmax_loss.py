@@ -119,7 +119,8 @@ def margin_softmax_loss(
             TaoRuijie, speechbrain, ESPnet) or ``1 - cos(margin)`` (``continuous``: wespeaker, 3D-Speaker, ESPnet with
             sub-centers).
         label_smoothing: Share of the loss that goes to all classes alike.
-        row_weights: Shape (B,), floating; the mean is then weighted too.
+        row_weights: Shape (B,), floating; the mean is then weighted too. A row of weight 0 may hold anything. The
+            statistics are those of all rows alike, in which such a row has cosines 0.
         balance: Of ``sphereface2``: weight of the target's classifier, from 0 to 1; the others share the rest.
         power: Of ``sphereface2``: exponent of its curve of cosines.
         margin_type: Of ``sphereface2``: ``C``, on the curve, or ``A``, on the angle.
@@ -153,6 +154,7 @@ def margin_softmax_loss(
     classes = weight.shape[0] // num_subcenters
     check_target(target, embeddings, classes, validate)
     check_row_weights(row_weights, embeddings)
+    embeddings = counted(embeddings, row_weights)
     with no_autocast(embeddings.device.type):
         found = class_sums(embeddings, weight, bias, target, form, precision=precision, backend=backend)
         losses = losses_of(found, bias, target, classes, form)
@@ -195,7 +197,8 @@ def class_sums(
         None if bias is None else bias.to(dtype).reshape(-1),
         torch.where((target >= 0) & (target < classes), target, -1),
         integers,
-        [form.scale if is_cosine else 1.0, form.margin],
+        # Without a margin that it ignores, which compiled graphs would guard on.
+        [form.scale if is_cosine else 1.0, form.margin if form.kind == "sphereface2" else 0.0],
     )
     rows_of_weight = rows_of_weight.double()
     cosines = (wide[:, None] * (unit(rows_of_weight) if is_cosine else rows_of_weight)).sum(dim=2)
@@ -236,10 +239,14 @@ def stats_of(found: ClassSums) -> MarginStats:
     return MarginStats(accuracy, found.cosines[:, 0].detach().mean().to(dtype))
 
 
+def counted(embeddings: Tensor, row_weights: Tensor | None) -> Tensor:
+    """Rows, with 0 in place of those that do not count, which may hold anything: NaN times no gradient is NaN."""
+    return embeddings if row_weights is None else torch.where((row_weights == 0)[:, None], 0, embeddings)
+
+
 def reduced(losses: Tensor, row_weights: Tensor | None, reduction: str) -> Tensor:
     """The losses of rows as one, or as they are."""
     if row_weights is not None:
-        # A row that does not count may hold anything.
         losses = torch.where(row_weights == 0, 0, losses * row_weights)
     if reduction == "none":
         return losses
@@ -259,7 +266,7 @@ def check_form(form: MarginForm) -> None:
     check_name("margin_type", form.margin_type, list(get_args(MarginType)))
     numbers = {"margin": form.margin, "topk_margin": form.topk_margin, "scale": form.scale}
     for name, value in numbers.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or not (torch.compiler.is_compiling() or math.isfinite(value)):
             raise InputError(f"{name} must be a finite number, got {value!r}")
     if not form.scale > 0:
         raise InputError(f"scale must be positive, got {form.scale}")

@@ -18,7 +18,7 @@ from tests.fuzz.fuzz_attentive_stats_pool import same
 from tests.fuzz.fuzz_tdnn_layer import draw_level_and_threads
 from tests.fuzz.surroundings import surroundings
 
-BATCHES = (1, 3, 16, 17, 70)
+BATCHES = (0, 1, 3, 16, 17, 70)
 CLASSES = (1, 2, 5, 63, 130, 1000)
 SUBCENTERS = (1, 2, 3)
 FEATURES = (1, 7, 64, 192)

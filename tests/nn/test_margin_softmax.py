@@ -301,12 +301,19 @@ def test_speakers_are_kept_and_added(kind):
         head.set_speakers([0], torch.zeros(2, 4))
     with pytest.raises(InputError, match="count must be"):
         head.add_speakers(0)
+    with pytest.raises(InputError, match="means must have a direction, row 1 has none"):
+        head.set_speakers([0, 1], torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]))
+    head.add_speakers(50)
+    lengths = torch.linalg.vector_norm(head.weight.detach(), dim=1)
+    torch.testing.assert_close(lengths[-50 * centers :], lengths[: -50 * centers].mean().expand(50 * centers))
 
 
 def test_mean_embeddings():
     x = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, -3.0]])
     found = mean_embeddings(x, torch.tensor([2, 2, 0]), 3)
     torch.testing.assert_close(found, torch.tensor([[0.0, -1.0], [0.0, 0.0], [0.5**0.5, 0.5**0.5]]))
+    many = mean_embeddings(torch.ones(70_000, 2, dtype=torch.float16), torch.zeros(70_000, dtype=torch.int64), 1)
+    torch.testing.assert_close(many, torch.full((1, 2), 0.5**0.5, dtype=torch.float16))
     with pytest.raises(InputError, match=r"target must lie in 0..1, got 0 to 2"):
         mean_embeddings(x, torch.tensor([2, 2, 0]), 2)
 
@@ -361,3 +368,59 @@ def test_runs_on_meta_tensors():
         torch.empty(3, 8, device="meta"), torch.empty(3, dtype=torch.int64, device="meta"), return_stats=True
     )
     assert loss.shape == stats.accuracy.shape == ()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_subcenters": 3, "topk": 2}, {"kind": "softmax"}, {"kind": "sphereface2"}]
+)
+def test_a_batch_without_rows(settings, precision):
+    head = MarginSoftmaxLoss(8, 5, precision=precision, **settings)
+    losses = functional.margin_softmax_loss(
+        torch.empty(0, 8),
+        head.weight,
+        torch.empty(0, dtype=torch.int64),
+        bias=head.bias,
+        precision=precision,
+        reduction="sum",
+        **head.form._asdict(),
+    )
+    losses.backward()
+    assert losses == 0 and not head.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_subcenters": 3, "topk": 2, "topk_margin": 0.1}, {"kind": "sphereface2"}]
+)
+def test_rows_that_do_not_count_may_hold_anything(settings):
+    torch.manual_seed(0)
+    head = MarginSoftmaxLoss(8, 5, **settings)
+    x, target = torch.randn(4, 8), torch.tensor([0, 1, 2, 3])
+    x[1] = torch.nan
+    found = []
+    for rows in (slice(None), [0, 2, 3]):
+        head.zero_grad()
+        leaf = x.clone().requires_grad_()
+        loss = head(leaf[rows], target[rows], row_weights=torch.tensor([1.0, 0.0, 2.0, 1.0])[rows])
+        loss.backward()
+        found.append((loss.detach(), head.weight.grad.clone(), leaf.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_subcenters": 2, "topk": 2, "topk_margin": 0.1}])
+def test_compiled_for_every_margin(settings):
+    torch._dynamo.reset()
+    head = MarginSoftmaxLoss(8, 5, **settings)
+    x, target = torch.randn(4, 8), torch.tensor([0, 1, 2, 3])
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(head, fullgraph=True, backend=backend)
+    for margin in (0.2, 0.1, 0.05, 0.15, 0.3, 0.25, np.float32(0.12), 0.11, 0.13, 0.14):
+        head.margin = margin
+        torch.testing.assert_close(compiled(x, target), head(x, target))
+    assert len(graphs) <= 3  # the first one counts on the margin, the second one does not, nor on its type

@@ -93,6 +93,12 @@ def work(rank: int, folder: Path) -> None:
     with pytest.raises(InputError, match="keep full_state_dict"):
         head.load_state_dict(other)
     head.load_state_dict(head.state_dict())
+    group = distributed.new_group(list(range(ranks)))
+    copied = copy.deepcopy(ShardedMarginSoftmaxLoss(SIZE, CLASSES, process_group=group))
+    assert copied.process_group is group and copied.weight.shape == (copied.classes, SIZE)
+    for move in (head.gather_rows, head.own_rows):
+        with pytest.raises(InputError, match="must have rows for each of"):
+            move(torch.zeros(0))
     with pytest.raises(InputError, match=r"must have 'weight' of shape \(33, 6\), got \(30, 6\)"):
         head.load_full_state_dict({"weight": torch.zeros(30, SIZE)})
     if ranks > 1:

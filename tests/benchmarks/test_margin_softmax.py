@@ -24,8 +24,11 @@ def test_written_heads_are_the_definition(head, written):
 def test_benchmark_runs(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes long, and is what torch is tested for
     found = bench_margin_softmax.rows(300, 8, 500, 1)
-    assert [row["case"] for row in found] == [*bench_margin_softmax._HEADS, "1 center"]
-    for row in found[:2]:
+    names = [*bench_margin_softmax._HEADS]
+    kept = [name + bench_margin_softmax._KEPT for name in names]
+    assert [row["case"] for row in found] == [*names, "1 center", *kept]
+    assert not any(figure["at_least"] for row in found[3:] for figure in row["figures"])
+    for row in found[:2] + found[3:]:
         contenders = row["contenders"]
         assert {"native fp32", "native bf16", "eager, over all classes"} <= set(contenders)
         assert all(entry["counts"] for name, entry in contenders.items() if "counts" in entry)

@@ -316,7 +316,7 @@ def draw(rng: np.random.Generator) -> Case:
         elif kind == "zeros":
             weight = weight * torch.from_numpy(rng.integers(0, 2, (len(weight), 1))).float()
             x = x * torch.from_numpy(rng.integers(0, 4, (batch, 1)) > 0).float()
-        else:
+        elif batch:
             some = torch.from_numpy(rng.integers(0, batch, len(weight)))
             weight = torch.where(torch.from_numpy(rng.random((len(weight), 1)) < 0.3), -x[some], weight)
             weight = torch.where(torch.from_numpy(rng.random((len(weight), 1)) < 0.3), 3 * x[some], weight)

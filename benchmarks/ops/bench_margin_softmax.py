@@ -6,11 +6,12 @@ python -m benchmarks.ops.bench_margin_softmax [--out FILE] [--repeats N] [--spea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from benchmarks import comparison, memory, timing
 from benchmarks.machine import describe_machine
 from benchmarks.peers import heads
 from benchmarks.peers.heads import Head
-from benchmarks.timing import Figure
+from benchmarks.peers.worker import Contender, Worker
+from benchmarks.timing import Figure, Timing
 from spkfast import functional
 from spkfast.reference import MarginForm
 from spkfast.reference import margin_softmax_loss as definition
@@ -43,7 +45,8 @@ _REMARK = (
     "are those of the three products that a head must make, for all contenders alike; the kernels make the first one "
     "twice, and keep no cosines. The allocator is as it is delivered, and as a training run has it: it takes fresh "
     "pages for each large tensor, which is much of the time of whatever writes all cosines. In the rows *memory kept* "
-    "it keeps them in the process, which few people know to ask for; these have no goals."
+    "it keeps them in the process, which few people know to ask for; these have no goals, and contenders run in one "
+    "process, elsewhere each in its own."
 )
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -95,13 +98,13 @@ def _row(
     calls = _contenders(head, speakers, batch)
     exact = _exact(head, speakers, batch)
     errors = {contender: _errors(call(), exact) for contender, call in calls.items()}
-    x, weight, target = inputs(head, speakers, batch)
-    yardsticks: dict[str, Callable[[], object]] = {"products": _products(x, weight)}
-    if head.subcenters == 1 and hasattr(F, "linear_cross_entropy"):
-        plain = functools.partial(heads.plain_softmax, target=target, head=head)
-        yardsticks["plain softmax"] = _with_gradients(plain, x, weight)
-    timings, spread = timing.interleaved({**calls, **yardsticks}, repeats=repeats)
-    flops = 3 * 2 * batch * _SIZE * len(weight)
+    if peaks is None:
+        timings, spread = timing.interleaved({**calls, **_yardsticks(head, speakers, batch)}, repeats=repeats)
+    else:
+        names = [*calls, *_yardsticks(head, speakers, batch)]
+        del calls
+        timings, spread = _apart(names, head, speakers, batch, repeats)
+    flops = 3 * 2 * batch * _SIZE * speakers * head.subcenters
     found: dict[str, dict[str, Any]] = {}
     for contender, time in timings.items():
         found[contender] = time.to_dict()
@@ -121,6 +124,39 @@ def _row(
     if peaks is None:
         figures = [dataclasses.replace(figure, at_least=None) for figure in figures]
     return comparison.finish(result, figures)
+
+
+def _apart(
+    names: Sequence[str], head: Head, speakers: int, batch: int, repeats: int
+) -> tuple[dict[str, Timing], float]:
+    """Times of contenders in processes of their own: what one frees would else be what another gets."""
+    with contextlib.ExitStack() as stack:
+        clocks = {}
+        for name in names:
+            options = {"name": name, "head": head, "speakers": speakers, "batch": batch}
+            builder = f"{contender.__module__}:{contender.__name__}"
+            worker = stack.enter_context(Worker(builder, options, threads=_THREADS, keep_memory=False))
+            if worker.absent:
+                raise SystemExit(f"{name}: {worker.absent}")
+            clocks[name] = worker.seconds
+        return timing.in_turns(clocks, repeats=repeats)
+
+
+def contender(name: str, head: Head, speakers: int, batch: int) -> Contender:
+    """What a worker times."""
+    torch.set_num_threads(_THREADS)
+    call = {**_contenders(head, speakers, batch), **_yardsticks(head, speakers, batch)}[name]
+    call()
+    return Contender(call)
+
+
+def _yardsticks(head: Head, speakers: int, batch: int) -> dict[str, Callable[[], object]]:
+    x, weight, target = inputs(head, speakers, batch)
+    found: dict[str, Callable[[], object]] = {"products": _products(x, weight)}
+    if head.subcenters == 1 and hasattr(F, "linear_cross_entropy"):
+        plain = functools.partial(heads.plain_softmax, target=target, head=head)
+        found["plain softmax"] = _with_gradients(plain, x, weight)
+    return found
 
 
 def _figures(found: Mapping[str, Mapping[str, Any]], head: Head) -> list[Figure]:

@@ -47,6 +47,7 @@ class Worker:
         builder: ``module:function`` of what makes the :class:`Contender`.
         options: Its keywords.
         threads: Threads of the OpenMP runtimes.
+        keep_memory: Whether the process keeps freed memory; see :func:`benchmarks.timing.keep_memory`.
 
     Attributes:
         absent: Why there is no contender; empty where there is one.
@@ -54,7 +55,7 @@ class Worker:
         note: See :class:`Contender`.
     """
 
-    def __init__(self, builder: str, options: Mapping[str, Any], *, threads: int) -> None:
+    def __init__(self, builder: str, options: Mapping[str, Any], *, threads: int, keep_memory: bool = True) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         # Runtimes run as they are delivered.
         environment.pop("OMP_WAIT_POLICY", None)
@@ -62,7 +63,7 @@ class Worker:
             [sys.executable, "-m", "benchmarks.peers.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=_ROOT,
         )  # fmt: skip
-        self.absent, self.output, self.note = self._ask((builder, dict(options)))
+        self.absent, self.output, self.note = self._ask((builder, dict(options), keep_memory))
 
     def seconds(self, calls: int = 1) -> float:
         """Mean over ``calls`` calls, after one that does not count: it wakes the threads and fills the caches."""
@@ -105,8 +106,9 @@ def _main() -> None:
         pickle.dump(message, answers)
         answers.flush()
 
-    builder, options = pickle.load(sys.stdin.buffer)
-    timing.keep_memory()
+    builder, options, keep_memory = pickle.load(sys.stdin.buffer)
+    if keep_memory:
+        timing.keep_memory()
     module, function = builder.split(":")
     try:
         contender = getattr(importlib.import_module(module), function)(**options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.ops import bench_margin_softmax
 from benchmarks.peers import heads
 from spkfast.reference import margin_softmax_loss
@@ -23,7 +24,17 @@ def test_written_heads_are_the_definition(head, written):
 
 def test_benchmark_runs(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes long, and is what torch is tested for
+    apart = []
+
+    def together(names, head, speakers, batch, repeats):
+        apart.append(names)
+        calls = bench_margin_softmax._contenders(head, speakers, batch)
+        calls |= bench_margin_softmax._yardsticks(head, speakers, batch)
+        return timing.interleaved({name: calls[name] for name in names}, repeats=repeats)
+
+    monkeypatch.setattr(bench_margin_softmax, "_apart", together)
     found = bench_margin_softmax.rows(300, 8, 500, 1)
+    assert len(apart) == 2
     names = [*bench_margin_softmax._HEADS]
     kept = [name + bench_margin_softmax._KEPT for name in names]
     assert [row["case"] for row in found] == [*names, "1 center", *kept]
@@ -33,6 +44,14 @@ def test_benchmark_runs(monkeypatch):
         assert {"native fp32", "native bf16", "eager, over all classes"} <= set(contenders)
         assert all(entry["counts"] for name, entry in contenders.items() if "counts" in entry)
         assert any("native fp32" in figure["name"] for figure in row["figures"])
+
+
+def test_contenders_run_in_processes_of_their_own():
+    head = heads.Head(1, 0)
+    timings, spread = bench_margin_softmax._apart(["native fp32", "products"], head, 300, 8, 1)
+    assert [*timings] == ["native fp32", "products"] and spread >= 0
+    with pytest.raises(SystemExit, match="faster: KeyError"):
+        bench_margin_softmax._apart(["faster"], head, 300, 8, 1)
 
 
 def test_a_wrong_gradient_counts_in_no_figure():

@@ -349,7 +349,7 @@ def test_packed_weights_of_other_channels(precision: Precision, channels: int) -
 
 def test_the_module_refuses_other_channels() -> None:
     module = set_precision(SERes2NetBlock(20, scale=4, se_channels=6).eval(), "bf16")
-    with torch.no_grad(), pytest.raises(spkfast.InputError, match="x must have 20 channels, as packed has, got 19"):
+    with torch.no_grad(), pytest.raises(spkfast.InputError, match="x must have 20 channels, got 19"):
         module(noise(1, 19, 9))
 
 

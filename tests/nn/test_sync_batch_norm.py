@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import datetime
-import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 
 from spkfast.nn import SERes2NetBlock
 from spkfast.nn.se_res2net import TdnnLayer
+from tests import processes
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no Gloo"
@@ -81,53 +79,27 @@ def trained(net: nn.Module, x: Tensor, slope: Tensor) -> Found:
     return {name: value.detach() for name, value in found.items()}
 
 
-def work(rank: int, port: int, folder: str) -> None:
+def work(rank: int, folder: Path) -> None:
     """One of two processes: a file of what it found for each network and share."""
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=30),
-    )
-    try:
-        for name in NETS:
-            for shares in SHARES:
-                net = nn.SyncBatchNorm.convert_sync_batchnorm(made(name))
-                x, slope = (value.split(shares)[rank] for value in inputs(sum(shares)))
-                with torch.autograd.profiler.profile() as profile:
-                    found = trained(net, x, slope)
-                kernels = FORWARD & {event.name for event in profile.function_events}
-                torch.save((found, bool(kernels)), _file(folder, name, shares, rank))
-    finally:
-        distributed.destroy_process_group()
+    for name in NETS:
+        for shares in SHARES:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(made(name))
+            x, slope = (value.split(shares)[rank] for value in inputs(sum(shares)))
+            with torch.autograd.profiler.profile() as profile:
+                found = trained(net, x, slope)
+            kernels = FORWARD & {event.name for event in profile.function_events}
+            torch.save((found, bool(kernels)), _file(folder, name, shares, rank))
 
 
-def _file(folder: str | Path, name: str, shares: tuple[int, int], rank: int) -> Path:
-    return Path(folder) / f"{name} {shares[0]} {shares[1]} {rank}.pt"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+def _file(folder: Path, name: str, shares: tuple[int, int], rank: int) -> Path:
+    return folder / f"{name} {shares[0]} {shares[1]} {rank}.pt"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both processes found; they start once for all tests."""
     folder = tmp_path_factory.mktemp("processes")
-    context = multiprocessing.spawn(work, (free_port(), str(folder)), nprocs=2, join=False)
-    deadline = time.monotonic() + 90
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < deadline, "the processes wait for each other"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+    processes.run(work, 2, folder)
     return folder
 
 

@@ -137,7 +137,6 @@ class ShardedMarginSoftmaxLoss(MarginHead):
             found = self._sums(embeddings, target, form)
             bias = self._replicated(1 / self.num_processes) if form.kind == "sphereface2" else self.bias
             losses = losses_of(found, bias, target, self.num_speakers, form)
-            losses = torch.where((target >= 0) & (target < self.num_speakers), losses, torch.nan)
             loss = reduced(losses, row_weights, "mean").to(found.sums.dtype)
         return (loss, stats_of(found)) if return_stats else loss
 
@@ -152,7 +151,6 @@ class ShardedMarginSoftmaxLoss(MarginHead):
         targets = _Exchange.apply(target.repeat(ranks), here, batches, self.process_group, 1.0) - self.first
         weight: Tensor = self.weight
         bias = self._replicated(1.0) if form.kind == "sphereface2" else self.bias
-        targets = torch.where((targets >= 0) & (targets < self.classes), targets, -1)
         if self.sample_rate < 1 and self.training:
             weight, bias, targets = self._sampled(bias, targets)
         part = class_sums(rows, weight, bias, targets, form, precision=self.precision, backend=self.backend)
@@ -197,6 +195,7 @@ class ShardedMarginSoftmaxLoss(MarginHead):
 
     def _sampled(self, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Weight, bias and targets of the classes of this process that this step sees."""
+        targets = torch.where((targets >= 0) & (targets < self.classes), targets, -1)
         wanted = torch.zeros(self.classes, device=targets.device).index_fill_(0, targets[targets >= 0].unique(), 2.0)
         wanted += torch.rand(self.classes, device=targets.device)
         count = max(math.ceil(self.sample_rate * self.classes), int((wanted >= 2).sum()))

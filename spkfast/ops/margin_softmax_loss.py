@@ -158,7 +158,6 @@ def margin_softmax_loss(
     with no_autocast(embeddings.device.type):
         found = class_sums(embeddings, weight, bias, target, form, precision=precision, backend=backend)
         losses = losses_of(found, bias, target, classes, form)
-        losses = torch.where((target >= 0) & (target < classes), losses, torch.nan)
         loss = reduced(losses, row_weights, reduction).to(found.sums.dtype)
     return (loss, stats_of(found)) if return_stats else loss
 
@@ -195,7 +194,7 @@ def class_sums(
         wide.to(dtype),
         weight.to(dtype),
         None if bias is None else bias.to(dtype).reshape(-1),
-        torch.where((target >= 0) & (target < classes), target, -1),
+        torch.where(_is_class(target, classes), target, -1),
         integers,
         # Without a margin that it ignores, which compiled graphs would guard on.
         [form.scale if is_cosine else 1.0, form.margin if form.kind == "sphereface2" else 0.0],
@@ -209,7 +208,7 @@ def class_sums(
 
 
 def losses_of(found: ClassSums, bias: Tensor | None, target: Tensor, classes: int, form: MarginForm) -> Tensor:
-    """The loss of each row, shape (B,), float64.
+    """The loss of each row, shape (B,), float64; NaN of a target that is no class.
 
     Args:
         found: The sums, of all classes.
@@ -221,15 +220,20 @@ def losses_of(found: ClassSums, bias: Tensor | None, target: Tensor, classes: in
     sums, plain = found.sums.double(), found.cosines[:, 0]
     if form.kind == "sphereface2":
         positive, _ = binary_logits(plain, plain, None if bias is None else bias.double(), form)
-        return form.balance * F.softplus(-positive) + (1 - form.balance) * sums
+        losses = form.balance * F.softplus(-positive) + (1 - form.balance) * sums
+        return torch.where(_is_class(target, classes), losses, torch.nan)
     scale = form.scale if form.kind != "softmax" else 1.0
     logits = scale * torch.cat([target_cosine(plain, form)[:, None], raised_cosine(found.cosines[:, 1:], form)], dim=1)
     all_sums = torch.cat([sums[:, None], logits.masked_fill(~found.present, -torch.inf)], dim=1).logsumexp(dim=1)
     losses = all_sums - logits[:, 0]
-    if not form.label_smoothing:
-        return losses
-    mean = (scale * found.total.double() + logits.masked_fill(~found.present, 0).sum(dim=1)) / classes
-    return (1 - form.label_smoothing) * losses + form.label_smoothing * (all_sums - mean)
+    if form.label_smoothing:
+        mean = (scale * found.total.double() + logits.masked_fill(~found.present, 0).sum(dim=1)) / classes
+        losses = (1 - form.label_smoothing) * losses + form.label_smoothing * (all_sums - mean)
+    return torch.where(_is_class(target, classes), losses, torch.nan)
+
+
+def _is_class(target: Tensor, classes: int) -> Tensor:
+    return (target >= 0) & (target < classes)
 
 
 def stats_of(found: ClassSums) -> MarginStats:

@@ -6,11 +6,14 @@
 
 // clang-format off
 STABLE_TORCH_LIBRARY(spkfast, m) {
+  m.def("add_noise(Tensor waveforms, Tensor noises, Tensor begins, Tensor sizes, Tensor offsets, Tensor snr_db, float power_floor) -> Tensor");
+  m.def("add_noise_(Tensor(a!) waveforms, Tensor noises, Tensor begins, Tensor sizes, Tensor offsets, Tensor snr_db, float power_floor) -> ()");
   m.def("attentive_pooling(Tensor x, Tensor hidden, Tensor hidden_vectors, Tensor? context, Tensor? context_vectors, Tensor weight, Tensor bias, Tensor? lengths, int[] integers, float[] floats) -> (Tensor mean, Tensor var)");
   m.def("attentive_stats_pool(Tensor x, Tensor? logits, Tensor? lengths) -> (Tensor mean, Tensor var, Tensor highest, Tensor total)");
   m.def("attentive_stats_pool_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor? logits, Tensor? lengths, Tensor mean, Tensor var, Tensor highest, Tensor total) -> (Tensor grad_x, Tensor grad_logits)");
   m.def("attentive_stats_pool_from_hidden(Tensor x, Tensor hidden, Tensor weight, Tensor bias, Tensor? lengths) -> (Tensor mean, Tensor var, Tensor highest, Tensor total)");
   m.def("attentive_stats_pool_from_hidden_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor hidden, Tensor weight, Tensor bias, Tensor? lengths, Tensor mean, Tensor var, Tensor highest, Tensor total) -> (Tensor grad_x, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  m.def("change_speed(Tensor waveforms, Tensor lengths, Tensor which, Tensor[] filters, int[] ratios, int context, int num_samples) -> Tensor");
   m.def("channel_affine(Tensor x, Tensor scale, Tensor shift, Tensor? added, bool plain) -> (Tensor y, Tensor total)");
   m.def("channel_affine_backward(Tensor? grad_y, Tensor? grad_total, Tensor x, Tensor scale) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)");
   m.def("conv_batch_norm(Tensor[] x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? added, int[] integers, float eps) -> (Tensor out, Tensor total, Tensor y, Tensor mean, Tensor var)");
@@ -24,6 +27,8 @@ STABLE_TORCH_LIBRARY(spkfast, m) {
   m.def("margin_softmax_loss(Tensor x, Tensor weight, Tensor? bias, Tensor target, int[] integers, float[] floats) -> (Tensor sums, Tensor total, Tensor chosen, Tensor best, Tensor own, Tensor rows)");
   m.def("margin_softmax_loss_backward(Tensor grad_sums, Tensor grad_total, Tensor grad_chosen, Tensor x, Tensor weight, Tensor? bias, Tensor target, int[] integers, float[] floats, Tensor sums, Tensor total, Tensor chosen, Tensor best, Tensor own, Tensor rows) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("product_pack(Tensor weight, int[] parts, int precision) -> Tensor");
+  m.def("reverberate(Tensor waveforms, Tensor responses, Tensor begins, Tensor sizes, Tensor gains, int longest) -> Tensor");
+  m.def("reverberate_(Tensor(a!) waveforms, Tensor responses, Tensor begins, Tensor sizes, Tensor gains, int longest) -> ()");
   m.def("se_res2net_block(Tensor x, Tensor[] params, Tensor? padded, Tensor? excited, int[] integers, float[] floats) -> Tensor");
   m.def("tdnn_layer(Tensor[] x, Tensor weight, Tensor vectors, Tensor? offset, Tensor? lengths, int[] integers, float[] floats) -> Tensor");
 }

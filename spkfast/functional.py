@@ -1,10 +1,13 @@
 """The ops as functions of tensors, like torch.nn.functional."""
 
 from spkfast.ops import (
+    add_noise,
     attentive_stats_pool,
     attentive_stats_pool_from_hidden,
+    change_speed,
     log_mel_fbank,
     margin_softmax_loss,
+    reverberate,
     se_res2net_block,
     tdnn_layer,
     weighted_moments,
@@ -12,10 +15,13 @@ from spkfast.ops import (
 )
 
 __all__ = [
+    "add_noise",
     "attentive_stats_pool",
     "attentive_stats_pool_from_hidden",
+    "change_speed",
     "log_mel_fbank",
     "margin_softmax_loss",
+    "reverberate",
     "se_res2net_block",
     "tdnn_layer",
     "weighted_moments",

@@ -62,6 +62,12 @@ LENGTHS = torch.tensor([9, 7])
 BLOCK = SERes2NetParams(tdnn(4, 4), [tdnn(2, 2)], tdnn(4, 4), tdnn(3, 4), TdnnParams(noise(4, 3, 1), noise(4)), None)
 # Name of the op, and the op as a function of one tensor of this shape.
 OPS = {
+    "add_noise": (
+        (2, 9),
+        lambda x, backend: functional.add_noise(
+            x, noise(5), *torch.tensor([[[0], [2]], [[5], [3]], [[4], [0]]]), noise(2, 1), backend=backend
+        ),
+    ),
     "attentive_stats_pool": (
         (2, 4, 9),
         lambda x, backend: functional.attentive_stats_pool(x, 2 * x, LENGTHS, backend=backend).std,
@@ -74,6 +80,12 @@ OPS = {
             ).std
         ),
     ),
+    "change_speed": (
+        (2, 40),
+        lambda x, backend: functional.change_speed(
+            x, torch.tensor([0, 1]), speeds=[0.9, 1.1], num_samples=40, backend=backend
+        ),
+    ),
     "log_mel_fbank": (
         (2, 800),
         lambda x, backend: functional.log_mel_fbank(x, spec=spkfast.frontend("wespeaker"), backend=backend)[0],
@@ -81,6 +93,10 @@ OPS = {
     "margin_softmax_loss": (
         (2, 4),
         lambda x, backend: functional.margin_softmax_loss(x, noise(5, 4), torch.tensor([1, 3]), backend=backend),
+    ),
+    "reverberate": (
+        (2, 9),
+        lambda x, backend: functional.reverberate(x, noise(5), *torch.tensor([[0, 2], [5, 3]]), backend=backend),
     ),
     "se_res2net_block": (
         (2, 4, 9),

@@ -184,6 +184,23 @@ def register_without_gradient(name: str, *, fake: Callable[..., Any]) -> None:
         torch.library.register_autograd(f"spkfast::{name}", functools.partial(_no_derivative, shown))
 
 
+def register_in_place(name: str) -> None:
+    """Gives an op, where it exists, that changes its first argument and returns nothing its fake.
+
+    It also tells autograd of the change, which otherwise would differentiate what was computed before from new values.
+    """
+    if not _has_schema(name):
+        return
+    op = getattr(torch.ops.spkfast, name).default
+
+    def counted(keys: Any, first: Tensor, *args: Any) -> None:
+        torch.autograd.graph.increment_version(first)
+        op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, first, *args)
+
+    _LIBRARY.impl(name, counted, "ADInplaceOrView", with_keyset=True)
+    torch.library.register_fake(f"spkfast::{name}", lambda *args: None)
+
+
 def define_like(op: Any, name: str, function: Callable[..., Any]) -> None:
     """Defines ``spkfast::<name>`` with the schema of another op."""
     schema = str(op.default._schema)

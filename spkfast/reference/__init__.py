@@ -1,9 +1,12 @@
 """The definitions: what each op means, in plain torch, for any floating dtype and device."""
 
+from spkfast.reference.add_noise import add_noise
 from spkfast.reference.attentive_stats_pool import attentive_stats_pool
 from spkfast.reference.attentive_stats_pool_from_hidden import attentive_stats_pool_from_hidden
+from spkfast.reference.change_speed import change_speed
 from spkfast.reference.log_mel_fbank import log_mel_fbank
 from spkfast.reference.margin_softmax_loss import MarginForm, margin_softmax_loss, margin_softmax_sums
+from spkfast.reference.reverberate import reverberate
 from spkfast.reference.se_res2net_block import SERes2NetParams, se_res2net_block
 from spkfast.reference.tdnn_layer import Precision, TdnnParams, tdnn_layer
 
@@ -12,11 +15,14 @@ __all__ = [
     "Precision",
     "SERes2NetParams",
     "TdnnParams",
+    "add_noise",
     "attentive_stats_pool",
     "attentive_stats_pool_from_hidden",
+    "change_speed",
     "log_mel_fbank",
     "margin_softmax_loss",
     "margin_softmax_sums",
+    "reverberate",
     "se_res2net_block",
     "tdnn_layer",
 ]

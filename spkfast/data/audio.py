@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -38,30 +39,60 @@ def read_audio(
         InputError: If the file is missing, empty, not audio, holds NaN or infinite samples, or is cut off. Ogg and MP3
             do not say how long they should be: a cut file is read as far as it goes.
     """
-    with _opened(source) as (name, file):
-        return _read(name, file, start, file.frames if num_samples is None else num_samples)
+    with open_audio(source) as audio:
+        return audio.read(start, audio.frames if num_samples is None else num_samples), audio.sample_rate
 
 
-def read_random_part(
-    path: str | os.PathLike[str], num_samples: Callable[[int], int], rng: np.random.Generator
-) -> tuple[np.ndarray, int]:
-    """A part of a file, its start drawn uniformly, decoded alone; the whole file where it is shorter.
+class AudioFile:
+    """An open audio file, of which any part can be decoded alone.
 
-    Args:
-        path: As :func:`read_audio`.
-        num_samples: Samples to read, of the file's rate in Hz.
-        rng: Draws the start.
-
-    Returns:
-        As :func:`read_audio`.
-
-    Raises:
-        InputError: As :func:`read_audio`.
+    Attributes:
+        name: Its path, for messages.
+        frames: Samples of each channel.
+        sample_rate: In Hz.
     """
-    with _opened(path) as (name, file):
-        wanted = num_samples(int(file.samplerate))
-        start = int(rng.integers(max(1, file.frames - wanted + 1)))
-        return _read(name, file, start, wanted)
+
+    def __init__(self, name: str, file: Any) -> None:
+        self.name = name
+        self.frames, self.sample_rate = int(file.frames), int(file.samplerate)
+        self._file = file
+
+    def read(self, start: int, num_samples: int, channel: int | None = None) -> np.ndarray:
+        """Samples ``[start, start + num_samples)``, averaged over channels, float32 in [-1, 1], shape (S,).
+
+        Fewer come back where the file ends earlier. With ``channel`` that one alone is taken.
+
+        Raises:
+            InputError: If the file is cut off, or holds NaN or infinite samples there.
+        """
+        samples = self._decode(start, num_samples, "float32")
+        if channel is None:
+            channel = 0 if samples.shape[1] == 1 else None
+        mono = samples.mean(axis=1) if channel is None else samples[:, channel]
+        if not np.isfinite(mono).all():
+            raise InputError(f"{self.name}: the file holds NaN or infinite samples")
+        return np.ascontiguousarray(mono)
+
+    def read_int16(self, start: int, num_samples: int) -> np.ndarray:
+        """As :meth:`read`, int16: a 16-bit file of one channel gives exactly its numbers, others are rounded."""
+        # libsndfile would cut what is finer than 16 bits short, and floats to -1, 0 and 1.
+        if self._file.channels == 1 and self._file.subtype == "PCM_16":
+            return np.asarray(self._decode(start, num_samples, "int16")[:, 0])
+        return to_int16(self.read(start, num_samples))
+
+    def _decode(self, start: int, num_samples: int, dtype: str) -> np.ndarray:
+        wanted = max(0, min(num_samples, self.frames - start))
+        with _errors_name(self.name):
+            self._file.seek(min(start, self.frames))
+            samples = self._file.read(wanted, dtype=dtype, always_2d=True)
+        if len(samples) < wanted:
+            raise InputError(f"{self.name}: the file is cut off: {len(samples)} of {wanted} samples could be read")
+        return np.asarray(samples)
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] as 16-bit numbers, rounded to the nearest; louder ones are clipped."""
+    return np.rint(samples * 32768).clip(-32768, 32767).astype(np.int16)
 
 
 def audio_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -90,8 +121,8 @@ def audio_info(path: str | os.PathLike[str]) -> tuple[int, int]:
     Raises:
         InputError: If the file is missing, empty, not audio or, as far as the header tells, cut off.
     """
-    with _opened(path) as (_, file):
-        return int(file.frames), int(file.samplerate)
+    with open_audio(path) as audio:
+        return audio.frames, audio.sample_rate
 
 
 def resample(samples: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
@@ -103,35 +134,39 @@ def resample(samples: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     return np.asarray(soxr.resample(samples, rate_in, rate_out), dtype=np.float32)
 
 
-def _read(name: str, file: Any, start: int, num_samples: int) -> tuple[np.ndarray, int]:
-    wanted = max(0, min(num_samples, file.frames - start))
-    file.seek(min(start, file.frames))
-    samples = file.read(wanted, dtype="float32", always_2d=True)
-    if len(samples) < wanted:
-        raise InputError(f"{name}: the file is cut off: {len(samples)} of {wanted} samples could be read")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    if not np.isfinite(mono).all():
-        raise InputError(f"{name}: the file holds NaN or infinite samples")
-    return np.ascontiguousarray(mono), int(file.samplerate)
-
-
 @contextmanager
-def _opened(source: Any) -> Iterator[tuple[str, Any]]:
+def open_audio(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[AudioFile]:
+    """A file of any format libsndfile reads, to decode parts of.
+
+    Args:
+        source: As :func:`read_audio`.
+
+    Raises:
+        InputError: If the file is missing, empty, not audio or, as far as the header tells, cut off.
+    """
     import soundfile
 
     name = _check_file(source)
-    try:
+    with _errors_name(name):
         # As bytes: a name need not be valid in any encoding.
-        named = isinstance(source, str | os.PathLike)
-        with soundfile.SoundFile(os.fsencode(source) if named else source) as file:
-            if file.frames == 0:
-                raise InputError(f"{name}: the file holds no samples")
-            if file.frames > 1 << 48:
-                raise InputError(f"{name}: the header does not say how long the file is; write the file anew")
-            for declared, present in _SHORTENED.findall(file.extra_info):
-                if int(present) < int(declared) < _UNKNOWN_SIZE:
-                    raise InputError(f"{name}: the file is cut off: {present} of {declared} bytes of sound are there")
-            yield name, file
+        file = soundfile.SoundFile(os.fsencode(source) if isinstance(source, str | os.PathLike) else source)
+    with file:
+        if file.frames == 0:
+            raise InputError(f"{name}: the file holds no samples")
+        if file.frames > 1 << 48:
+            raise InputError(f"{name}: the header does not say how long the file is; write the file anew")
+        for declared, present in _SHORTENED.findall(file.extra_info):
+            if int(present) < int(declared) < _UNKNOWN_SIZE:
+                raise InputError(f"{name}: the file is cut off: {present} of {declared} bytes of sound are there")
+        yield AudioFile(name, file)
+
+
+@contextmanager
+def _errors_name(name: str) -> Iterator[None]:
+    import soundfile
+
+    try:
+        yield
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         raise InputError(f"{name}: not an audio file, or a damaged one ({_reason(error)})") from error
 
@@ -139,14 +174,17 @@ def _opened(source: Any) -> Iterator[tuple[str, Any]]:
 def _check_file(source: Any) -> str:
     if not isinstance(source, str | os.PathLike):
         return str(getattr(source, "name", "audio stream"))
-    path = Path(source)
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, not an audio file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty (0 bytes)")
-    return str(path)
+    try:
+        status = os.stat(source)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: no name that a file can have
+        raise InputError(f"{source}: no such file") from error
+    except OSError as error:
+        raise InputError(f"{source}: cannot be opened ({error.strerror})") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{source}: is a folder, not an audio file")
+    if status.st_size == 0:
+        raise InputError(f"{source}: the file is empty (0 bytes)")
+    return str(source)
 
 
 def _reason(error: Exception) -> str:

@@ -24,6 +24,7 @@ HELP = "data, training, embeddings and evaluation in minutes, with a report; syn
 
 _MODEL = {"channels": 64, "mfa_channels": 192, "embedding_dim": 128, "attention_channels": 32, "se_channels": 32}
 _PATHS: dict[Backend, str] = {"reference": "reference path", "auto": "fast path"}
+_BATCH = 32
 _REPEATS = 5
 _TIMED = 40  # utterances: enough for a rate, few enough for a demo
 
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> None:
     from spkfast.data.lists import read_train_list, read_trials, trial_paths
 
     trials = read_trials(trial_list)
-    check_disjoint(read_train_list(train_list), trials)
+    utterances = read_train_list(train_list)
+    check_disjoint(utterances, trials)
     paths = trial_paths(trials)
     for path in paths:  # before a minute of training rather than after
         audio_info(root / path)
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> None:
         model=ModelConfig(options=dict(_MODEL)),
         data=DataConfig(train_list=str(train_list), root=str(root), crop_seconds=1.5),
         steps=args.steps,
-        batch_size=32,
+        batch_size=min(_BATCH, len(utterances)),
         seed=args.seed,
     )
     started = time.monotonic()

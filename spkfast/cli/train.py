@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spkfast.cli.common import BadFiles, print_result, progress
+from spkfast.cli.common import print_result, progress
 from spkfast.errors import InputError, nearest
 from spkfast.training.config import TrainConfig, flatten
 
@@ -20,8 +20,7 @@ def main(argv: list[str]) -> None:
 
     from spkfast.training.loop import Trainer
 
-    bad = BadFiles(strict=False)  # the trainer itself ends a strict run
-    trainer = Trainer(config, warn=lambda message: bad.skip(InputError(message)))
+    trainer = Trainer(config, warn=lambda message: print(message, file=sys.stderr))
     if config.resume and trainer.is_main_process:
         found = f"going on after step {trainer.first_step}" if trainer.first_step else "no checkpoint there yet"
         print(f"{trainer.folder}: {found}", file=sys.stderr)
@@ -33,11 +32,13 @@ def main(argv: list[str]) -> None:
         last = step
     if not trainer.is_main_process:
         return
-    bad.close(total=len(trainer.dataset))
+    bad = len(trainer.bad_files)
+    if bad:
+        print(f"{bad} of {len(trainer.dataset)} files skipped", file=sys.stderr)
     result: dict[str, Any] = {"model": str(trainer.folder / "model"), "steps": config.steps}
     if last is not None:
         result |= {"loss": last.loss, "accuracy": last.accuracy, "crops_per_second": last.crops_per_second}
-    print_result({**result, "files_skipped": bad.count}, as_json)
+    print_result({**result, "files_skipped": bad}, as_json)
 
 
 def parse(argv: list[str]) -> tuple[TrainConfig, bool]:

@@ -33,33 +33,53 @@ class FrontendConfig:
 
 
 @dataclasses.dataclass
+class AugmentConfig:
+    """What happens to crops, on the device that trains.
+
+    Args:
+        recipe: ``none``, ``room_or_noise``, ``espnet``, ``wespeaker``, ``taoruijie`` or ``clova``
+            (:func:`spkfast.data.recipes.recipe`).
+        options: Fields of :class:`spkfast.data.recipes.Recipe` that differ: ``stages``, ``speeds``, ``power_floor``.
+        spec_augment: Keywords of :class:`spkfast.nn.SpecAugment`, whose masks the features then get.
+    """
+
+    recipe: str = "none"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    spec_augment: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass
 class DataConfig:
     """Training data.
 
     Args:
-        train_list: File with lines ``speaker path``.
-        root: Folder that those paths start from; the list's own folder where left out.
+        train_list: List, manifest, Kaldi directory, folder or shards (:func:`spkfast.data.manifests.read_corpus`).
+        root: Folder that relative paths in it start from; its own folder where left out.
+        speakers: File that says who speaks, where the corpus does not or says it otherwise.
         crop_seconds: Length of a training crop.
-        balanced: Draw speakers uniformly instead of utterances.
-        speeds: Speed factors; each one makes new speakers.
-        noise: Folder of noise recordings.
-        rir: Folder of room impulse responses.
-        augment_probability: Chance that a crop gets noise or a room response.
-        noise_snr_db: Lowest and highest signal-to-noise ratio in decibels.
+        sampler: What makes up a batch: ``random``, ``balanced`` (speakers in place of utterances),
+            ``category_balanced``, ``n_per_speaker`` or ``length_buckets`` (:func:`spkfast.data.samplers.create`).
+        sampler_options: Keywords of that sampler.
+        noise: Folder of noise recordings, those below ``music``, ``noise`` and ``speech`` being such; or a bank of
+            ``spkfast prepare noise``.
+        rir: Folder of room impulse responses, or a bank of them.
+        augment: What happens to crops.
         workers: Processes that read crops; 0 reads in the training process.
+        max_unreadable: Share of the utterances that may be unreadable before the run ends; ten may in any case.
         strict: End the run at the first file that cannot be read, instead of passing over it.
     """
 
     train_list: str = ""
     root: str | None = None
+    speakers: str | None = None
     crop_seconds: float = 2.0
-    balanced: bool = False
-    speeds: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    sampler: str = "random"
+    sampler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     noise: str | None = None
     rir: str | None = None
-    augment_probability: float = 0.6
-    noise_snr_db: tuple[float, float] = (0.0, 15.0)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     workers: int = 1
+    max_unreadable: float = 0.01
     strict: bool = False
 
 
@@ -157,8 +177,8 @@ class TrainConfig:
 # Fields that may differ between a run and its resumption: no number depends on them, nor on the place of the data
 # (what the data hold is compared by fingerprint).
 FREE_ON_RESUME = frozenset(
-    {"out", "checkpoint_minutes", "keep_checkpoints", "resume", "data.root", "data.train_list", "data.noise",
-     "data.rir", "data.workers", "data.strict"}
+    {"out", "checkpoint_minutes", "keep_checkpoints", "resume", "data.root", "data.train_list", "data.speakers",
+     "data.noise", "data.rir", "data.workers", "data.max_unreadable", "data.strict"}
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -10,32 +11,36 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from spkfast import functional, models
-from spkfast.data.augment import Augment
-from spkfast.data.crops import Crop, CropDataset, StepSampler
-from spkfast.data.lists import read_train_list
-from spkfast.errors import InputError
-from spkfast.frontends import FrontendSpec, frontend
+from spkfast import models
+from spkfast.data import samplers
+from spkfast.data.augmentation import Augment, AugmentedFbank
+from spkfast.data.banks import Bank
+from spkfast.data.corpus import Corpus
+from spkfast.data.manifests import read_corpus
+from spkfast.data.reading import BadUtterances, Batch, CropDataset, loader
+from spkfast.data.recipes import Recipe, recipe
+from spkfast.data.samplers import StepSampler
+from spkfast.errors import InputError, check_options
+from spkfast.frontends import frontend
 from spkfast.inference import SpeakerEncoder
+from spkfast.nn import Fbank, SpecAugment
 from spkfast.nn.margin_softmax import MarginSoftmaxLoss
 from spkfast.ops.margin_softmax_loss import MarginStats, check_form
 from spkfast.reference import MarginForm
 from spkfast.training import checkpoint, schedule
-from spkfast.training.config import FREE_ON_RESUME, LossConfig, OptimizerConfig, TrainConfig, flatten
+from spkfast.training.config import FREE_ON_RESUME, DataConfig, LossConfig, OptimizerConfig, TrainConfig, flatten
 
 # Smallest sensible values. Batch norm needs two rows to have a variance.
 _LEAST = {
     "steps": 1, "batch_size": 2, "log_steps": 1, "seed": 0, "keep_checkpoints": 1, "checkpoint_minutes": 0,
-    "data.workers": 0, "data.augment_probability": 0, "optimizer.lr": 0, "optimizer.final_lr": 0,
+    "data.workers": 0, "data.max_unreadable": 0, "optimizer.lr": 0, "optimizer.final_lr": 0,
     "optimizer.warmup_steps": 0, "optimizer.momentum": 0, "optimizer.weight_decay": 0, "optimizer.clip_grad_norm": 0,
     "loss.margin": 0, "loss.margin_start": 0,
 }  # fmt: skip
-_MOST = {"seed": 2**32 - 1, "data.augment_probability": 1, "data.crop_seconds": 600, "loss.margin": 1.5}
+_MOST = {"seed": 2**32 - 1, "data.crop_seconds": 600, "loss.margin": 1.5}
 
 
 class Progress(NamedTuple):
@@ -69,12 +74,13 @@ class Trainer:
 
     Args:
         config: The run.
-        warn: Called with one line for each file that could not be read.
+        warn: Called with a line for each utterance that cannot be read, and for what else there is to say of the data.
 
     Attributes:
         encoder: The network that is trained, with its front-end.
         first_step: Steps that were already done.
-        bad_files: What was wrong with each file passed over.
+        corpus: The utterances.
+        dataset: Their crops.
 
     Raises:
         InputError: If the config, a list or a checkpoint cannot be used.
@@ -95,17 +101,54 @@ class Trainer:
         self._spec = frontend(config.frontend.preset, **config.frontend.options)
         if config.data.crop_seconds * self._spec.sample_rate < self._spec.frame_length:
             raise InputError(f"data.crop_seconds={config.data.crop_seconds} is shorter than one frame")
-        self.dataset = _dataset(config, self._spec)
-        if len(self.dataset.speakers) < 2:
-            raise InputError(
-                f"{config.data.train_list}: one speaker alone cannot be told from others; at least 2 needed"
-            )
+        data = config.data
+        self.corpus = read_corpus(data.train_list, root=data.root, speakers=data.speakers, warn=warn)
+        if len(self.corpus.speakers) < 2:
+            raise InputError(f"{data.train_list}: one speaker alone cannot be told from others; at least 2 needed")
+        made = _recipe(data)
+        noise, rir = (
+            None if folder is None else Bank.from_folder(folder, self._spec.sample_rate, warn, rir=is_rir)
+            for folder, is_rir in ((data.noise, False), (data.rir, True))
+        )
+        num_samples = round(data.crop_seconds * self._spec.sample_rate)
+        self.dataset = CropDataset(
+            self.corpus,
+            num_samples=num_samples,
+            sample_rate=self._spec.sample_rate,
+            speeds=made.speeds,
+            seed=config.seed,
+        )
         self._accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # else several processes without a GPU would not find one another
             log_with="tensorboard",
             project_dir=str(self.folder),
         )
         set_seed(config.seed)
+        device = self._accelerator.device
+        augment = Augment(
+            made,
+            noise.to(device) if noise else None,
+            rir.to(device) if rir else None,
+            num_samples=num_samples,
+            sample_rate=self._spec.sample_rate,
+            context=self.dataset.context,
+            warn=warn,
+        )
+        masks = None if data.augment.spec_augment is None else _spec_augment(data.augment.spec_augment)
+        self._features = AugmentedFbank(augment, Fbank(self._spec, spec_augment=masks, validate=False)).to(device)
+        sampler = samplers.create(
+            data.sampler,
+            self.corpus,
+            batch_size=config.batch_size * self._accelerator.num_processes,
+            seed=config.seed,
+            **data.sampler_options,
+        )
+        self._sampler = StepSampler(
+            sampler,
+            config.steps,
+            rank=self._accelerator.process_index,
+            world_size=self._accelerator.num_processes,
+        )
         try:
             net = models.create(config.model.name, **{"feature_dim": self._spec.output_size, **config.model.options})
         except InputError:
@@ -117,12 +160,22 @@ class Trainer:
         self._wrapped, self._optimizer = self._accelerator.prepare(self._task, _optimizer(self._task, config.optimizer))
         self._settings = {
             **flatten(config),
-            "contents of the data": self.dataset.fingerprint,
+            "contents of the data": _fingerprint(self.corpus, noise, rir),
             "number of processes": self._accelerator.num_processes,
         }
         self.first_step = checkpoint.load(found[-1], self._settings, FREE_ON_RESUME, self._accelerator) if found else 0
-        self.bad_files: list[str] = []
+        self._bad = BadUtterances(
+            len(self.corpus),
+            share=0.0 if data.strict else data.max_unreadable,
+            least=0 if data.strict else 10,
+            warn=warn,
+        )
         self.encoder = SpeakerEncoder(net, self._spec)
+
+    @property
+    def bad_files(self) -> list[str]:
+        """What was wrong with each utterance that was passed over."""
+        return list(self._bad.messages.values())
 
     @property
     def is_main_process(self) -> bool:
@@ -140,9 +193,11 @@ class Trainer:
         log = _Log(self.folder / "log.jsonl", self.first_step) if self.is_main_process else None
         self._wrapped.train()
         started = saved = time.monotonic()
-        for step, (waveforms, seeds, target, errors) in enumerate(self._loader(), start=self.first_step):
-            self._tell(errors)
-            entry = self._step(step, waveforms, seeds, target)
+        self._sampler.load_state_dict({"step": self.first_step})
+        batches = loader(self.dataset, self._sampler, config.data.workers)
+        for step, batch in enumerate(batches, start=self.first_step):
+            self._bad.add(batch)
+            entry = self._step(step, batch)
             done = step + 1
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(entry[name]):
@@ -163,19 +218,21 @@ class Trainer:
             yield Progress(done, config.steps, entry["loss"], entry["accuracy"], entry["crops_per_second"])
         self._finish()
 
-    def _step(self, step: int, waveforms: Tensor, seeds: Tensor, target: Tensor) -> dict[str, float]:
+    def _step(self, step: int, batch: Batch) -> dict[str, float]:
         config, accelerator = self.config, self._accelerator
         rate = schedule.learning_rate(step, config.steps, config.optimizer)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._task.head.margin = schedule.margin(step, config.steps, config.loss)
         with torch.no_grad():
-            features, _ = functional.log_mel_fbank(
-                waveforms.to(accelerator.device), spec=self._spec, seeds=seeds.to(accelerator.device), validate=False
+            crops, lengths, speeds, target = (
+                value.to(accelerator.device, non_blocking=True)
+                for value in (batch.crops, batch.lengths, batch.speeds, batch.labels)
             )
+            features = self._features(crops, lengths, speeds, batch.keys)
         # Not the accelerator's own setting: that is fixed for the life of the process by its first run.
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss, stats = self._wrapped(features, target.to(accelerator.device))
+            loss, stats = self._wrapped(features, target)
         accelerator.backward(loss)
         limit = config.optimizer.clip_grad_norm or math.inf
         norm = accelerator.clip_grad_norm_(self._task.parameters(), limit)
@@ -192,29 +249,6 @@ class Trainer:
         from accelerate.utils import broadcast
 
         return bool(broadcast(torch.tensor(decision, device=self._accelerator.device, dtype=torch.uint8)))
-
-    def _loader(self) -> DataLoader[Crop]:
-        config, accelerator, dataset = self.config, self._accelerator, self.dataset
-        sampler = StepSampler(
-            dataset.labels, config.batch_size, self.first_step, config.steps, config.seed,
-            rank=accelerator.process_index, world_size=accelerator.num_processes, balanced=config.data.balanced,
-        )  # fmt: skip
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=config.data.workers,
-            collate_fn=_collate,
-            worker_init_fn=_single_thread,
-            prefetch_factor=4 if config.data.workers else None,
-        )
-
-    def _tell(self, errors: list[tuple[str, bool]]) -> None:
-        for error, fatal in errors:
-            if fatal or self.config.data.strict:
-                raise InputError(error)
-            if error not in self.bad_files:
-                self.bad_files.append(error)
-                self._warn(error)
 
     def _finish(self) -> None:
         self._wrapped.eval()
@@ -260,9 +294,6 @@ def _check(config: TrainConfig) -> None:
     for name, most in _MOST.items():
         if values[name] > most:
             raise InputError(f"{name} must be at most {most}, got {values[name]}")
-    speeds = config.data.speeds
-    if not speeds or min(speeds) <= 0 or len(set(speeds)) < len(speeds):
-        raise InputError(f"data.speeds must be positive factors, each one once, got {speeds}")
     if not config.out:
         raise InputError("out must name a folder")
     try:
@@ -272,21 +303,32 @@ def _check(config: TrainConfig) -> None:
     for low, high in (("loss.margin_start", "loss.margin_end"), ("optimizer.final_lr", "optimizer.lr")):
         if values[low] > values[high]:
             raise InputError(f"{low}={values[low]} must not exceed {high}={values[high]}")
-    if config.data.noise_snr_db[0] > config.data.noise_snr_db[1]:
-        raise InputError(f"data.noise_snr_db must be lowest and highest, got {list(config.data.noise_snr_db)}")
 
 
-def _dataset(config: TrainConfig, spec: FrontendSpec) -> CropDataset:
-    data = config.data
-    augment = Augment(data.noise, data.rir, data.augment_probability, data.noise_snr_db, spec.sample_rate)
-    return CropDataset(
-        read_train_list(data.train_list),
-        data.root or Path(data.train_list).parent,
-        sample_rate=spec.sample_rate,
-        crop_seconds=data.crop_seconds,
-        speeds=data.speeds,
-        augment=augment,
-    )
+def _recipe(data: DataConfig) -> Recipe:
+    try:
+        made = recipe(data.augment.recipe, **data.augment.options)
+    except InputError as error:
+        raise InputError(f"data.augment: {error}") from error
+    for name in ("noise", "rir"):
+        if getattr(data, name) is not None and not made.stages:
+            raise InputError(f"data.{name} is given, but data.augment.recipe={data.augment.recipe} uses none")
+    return made
+
+
+def _spec_augment(options: dict[str, Any]) -> SpecAugment:
+    known = [field.name for field in dataclasses.fields(SpecAugment)]
+    check_options("data.augment", "spec_augment", options, known)
+    try:
+        return SpecAugment(**options)
+    except InputError as error:
+        raise InputError(f"data.augment.spec_augment: {error}") from error
+
+
+def _fingerprint(corpus: Corpus, *banks: Bank | None) -> str:
+    """Hex digest of what a resumed run must find again: the corpus and the names in the banks, in their order."""
+    names = [bank.names if bank else [] for bank in banks]
+    return hashlib.sha256(json.dumps([corpus.fingerprint, names]).encode()).hexdigest()[:16]
 
 
 def _form(config: LossConfig) -> MarginForm:
@@ -302,15 +344,3 @@ def _optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimize
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-
-
-def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, Tensor, list[tuple[str, bool]]]:
-    """Waveforms (B, S), seeds of their dither (B,), labels (B,), and each error with whether no crop could be had."""
-    waveforms = torch.from_numpy(np.stack([crop.samples for crop in crops]))
-    seeds = torch.tensor([crop.seed for crop in crops])
-    labels = torch.tensor([crop.label for crop in crops])
-    return waveforms, seeds, labels, [(error, crop.label < 0) for crop in crops for error in crop.errors]
-
-
-def _single_thread(worker: int) -> None:
-    torch.set_num_threads(1)

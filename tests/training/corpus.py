@@ -28,7 +28,11 @@ def make_tones(folder: Path, speakers: int = 4, utterances: int = 3, seconds: fl
 
 TINY = """
 model: {options: {channels: 16, mfa_channels: 24, embedding_dim: 12, attention_channels: 8, se_channels: 8}}
-data: {crop_seconds: 0.5, speeds: [1.0, 0.9], balanced: true, augment_probability: 0.5, workers: 1}
+data:
+  crop_seconds: 0.5
+  sampler: balanced
+  workers: 1
+  augment: {recipe: room_or_noise, options: {speeds: [1.0, 0.9]}, spec_augment: {max_frames: 5, max_bins: 5}}
 optimizer: {lr: 0.05, warmup_steps: 5}
 steps: 30
 batch_size: 8

@@ -19,9 +19,13 @@ DATA ?=
 OPS ?= all
 RESULTS ?= gpu-results
 CASES ?= 100000
+OP_SECONDS ?= inf
 SEED ?= 0
 CASE ?=
 ARGS ?=
+# One thread in each of as many processes as there are cores; tests of threads set their own number.
+JOBS ?= $(shell nproc)
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Folders are listed too: adding or removing a file changes them.
 SOURCES := setup.py CMakeLists.txt $(shell find csrc kernels/cuda 2>/dev/null)
@@ -84,14 +88,15 @@ format: build  ## rewrite Python and C++ in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-test: build  ## the everyday tests
-	$(BIN)/python -m pytest $(ARGS)
+test: build  ## the everyday tests, on all cores: JOBS=0 for one process, ARGS="tests/ops -k parity"
+	$(PYTEST) $(ARGS)
 
 test-full: build  ## the long tests that `make test` leaves out
-	$(BIN)/python -m pytest -m full $(ARGS)
+	$(PYTEST) -m full $(ARGS)
 
-sanitize: build  ## random cases under AddressSanitizer: OPS="..." CASES=100000 SEED=0, or one CASE=N
-	tools/sanitize.sh $(BIN)/python $(OPS) --seed $(SEED) $(if $(CASE),--case $(CASE),--cases $(CASES))
+sanitize: build  ## random cases under AddressSanitizer: OPS="..." CASES=100000 OP_SECONDS=60 SEED=0, or one CASE=N
+	tools/sanitize.sh $(BIN)/python $(OPS) --seed $(SEED) --seconds $(OP_SECONDS) \
+	  $(if $(CASE),--case $(CASE),--cases $(CASES))
 
 demo: build  ## train, embed, evaluate, report; DATA=FOLDER for speech of your own
 	$(BIN)/spkfast demo $(if $(DATA),--data "$(DATA)") --out demo
@@ -102,7 +107,7 @@ $(VENV)/.peers: $(BUILT)
 	@touch $@
 
 bench: $(VENV)/.peers  ## speed of every op and model beside its peers
-	@set -e; for file in benchmarks/ops/bench_*.py benchmarks/models/bench_*.py; do \
+	@set -e; for file in benchmarks/ops/bench_*.py benchmarks/models/bench_*.py benchmarks/data/bench_*.py; do \
 	  $(BIN)/python -m "$$(echo "$${file%.py}" | tr / .)" $(ARGS); done
 
 # Runs where only the system's Python with torch, triton, pytest, numpy and a CUDA compiler exist, without the network.

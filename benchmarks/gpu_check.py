@@ -375,9 +375,11 @@ def _benchmark(part: str, device_name: str) -> dict[str, Any]:
 
 
 def _network(name: str, device: str) -> dict[str, Any]:
+    from benchmarks.data import bench_augmentation_gpu
     from benchmarks.models import bench_ecapa_gpu
 
-    return bench_ecapa_gpu.measure(name, device)
+    module = bench_augmentation_gpu if name in bench_augmentation_gpu.PARTS else bench_ecapa_gpu
+    return module.measure(name, device)
 
 
 def _graph_time(run: Callable[[], object]) -> dict[str, Any]:

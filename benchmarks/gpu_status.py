@@ -22,7 +22,8 @@ _ENTRIES = {
     "native": ("kernels/cuda/{op}.cu", "csrc/cuda/{op}.cpp"),
     "triton": ("kernels/triton/{op}.py",),
 }
-# Of whole networks by part of benchmarks/models/bench_ecapa_gpu.py: the ratio ``peer / ours``, or ``what of whom``, and
+# Of whole networks by part of benchmarks/models/bench_ecapa_gpu.py and of the batches that go in, by part of
+# benchmarks/data/bench_augmentation_gpu.py: the ratio ``peer / ours``, or ``what of whom``, and
 # the bound that it is to keep, where there is one.
 FIGURES: dict[str, dict[str, dict[str, float]]] = {
     "embeddings, 512 channels": {
@@ -49,6 +50,12 @@ FIGURES: dict[str, dict[str, dict[str, float]]] = {
         "torch eager bf16 / spkfast bf16": {"at_least": 1.8},
         "torch.compile bf16 / spkfast bf16": {"at_least": 1.25},
         "utterances/s of spkfast bf16": {},
+    },
+    "augmentation and features": {
+        "milliseconds of spkfast, int16 to features": {"at_most": 5.0},
+        "milliseconds of spkfast, draws included": {},
+        "milliseconds of spkfast, int16 to waveforms": {},
+        "milliseconds of spkfast, waveforms to features": {},
     },
 }
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
@@ -97,9 +104,10 @@ def kernels(root: Path = ROOT) -> list[Kernel]:
 
 
 def network_hash(root: Path = ROOT) -> str:
-    """Digest of what whole networks are computed by: all kernels, and the layers over them."""
+    """Digest of what whole networks and their batches are computed by: kernels, definitions, and what is over them."""
     digest = hashlib.sha256("".join(kernel.source_hash() for kernel in kernels(root)).encode())
-    for path in sorted((root / "spkfast/nn").glob("*.py")):
+    others = [root / "spkfast/data/augmentation.py", *(root / "spkfast/reference").glob("*.py")]
+    for path in sorted([*(root / "spkfast/nn").glob("*.py"), *others]):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -132,11 +140,12 @@ def page(root: Path = ROOT, folder: Path = RESULTS) -> str:
         "|---|---|---|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
-        "## Whole networks",
+        "## Whole networks, and the batches that go in",
         "",
         "ECAPA-TDNN beside plain torch in one run, as `benchmarks/models/bench_ecapa_gpu.py` measures it: embeddings",
-        "of 256 utterances of 200 frames, the latency of one, a training step of 512. What errs too much counts in no",
-        "figure.",
+        "of 256 utterances of 200 frames, the latency of one, a training step of 512. And 512 crops of 2 s of int16",
+        "that change their speed, get a room and a noise, and become features, by",
+        "`benchmarks/data/bench_augmentation_gpu.py`. What errs too much counts in no figure.",
         "",
         "| part | figure | value | goal | status | GPU | date | result |",
         "|---|---|---|---|---|---|---|---|",

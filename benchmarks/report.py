@@ -31,6 +31,7 @@ _COLUMNS = {
     "gb_per_s": ("GB/s", ".1f"),
     "gflop_per_s": ("GFLOP/s", ".0f"),
     "utterances_per_s": ("utterances/s", ".1f"),
+    "crops_per_s": ("crops/s", ".0f"),
     "peak_mib": ("peak MiB", ".1f"),
     "max_error": ("largest error", ".1e"),
     "relative_error": ("relative error", ".1e"),

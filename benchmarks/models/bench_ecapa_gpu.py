@@ -102,7 +102,7 @@ def measure(name: str, device_name: str, repeats: int = 20) -> dict[str, Any]:
     if device.type == "cpu":
         part, repeats = Part(part.kind, 16, min(part.batch, 4), 12), 1
     found = {"embeddings": _embeddings, "latency": _latency, "training": _training}[part.kind](part, device)
-    clocks = {key: functools.partial(_turn, call, device) for key, call in found.calls.items()}
+    clocks = {key: functools.partial(turn, call, device) for key, call in found.calls.items()}
     timings, spread = timing.in_turns(clocks, repeats=repeats)
     rows = {
         key: time.to_dict() | {"utterances_per_s": part.batch / time.median} | found.errors.get(key, {})
@@ -136,12 +136,13 @@ def figures_of(name: str, rows: Mapping[str, Mapping[str, Any]]) -> list[Figure]
         what, _, whom = figure.partition(" of ")
         if whom in counted:
             row = counted[whom]
-            value = 1e3 * row["median_ms"] if what == "microseconds" else row["utterances_per_s"]
+            factors = {"milliseconds": 1.0, "microseconds": 1e3}
+            value = factors[what] * row["median_ms"] if what in factors else row["utterances_per_s"]
             figures.append(Figure(figure, value, **goal))
     return figures
 
 
-def _turn(call: Call, device: torch.device) -> float:
+def turn(call: Call, device: torch.device) -> float:
     """Seconds of a call on a GPU by its own clock, from an idle GPU; after one that does not count."""
     if device.type == "cpu":
         return timing.seconds_per_call(call, 1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, gpu_status
+from benchmarks.data import bench_augmentation_gpu
 from benchmarks.gpu_status import FIGURES
 from benchmarks.models import bench_ecapa_gpu as bench
 from benchmarks.timing import Figure
@@ -19,7 +20,15 @@ PEERS = {"torch eager bf16", "torch.compile bf16"}
 
 
 def test_every_part_has_figures() -> None:
-    assert list(bench.PARTS) == list(FIGURES)
+    assert [*bench.PARTS, *bench_augmentation_gpu.PARTS] == list(FIGURES)
+
+
+def test_augmentation_on_a_cpu() -> None:
+    (name,) = bench_augmentation_gpu.PARTS
+    result = bench_augmentation_gpu.measure(name, "cpu")
+    assert [figure["name"] for figure in result["figures"]] == list(FIGURES[name])
+    assert all(row["counts"] and row["max_error"] == 0 for row in result["contenders"].values())
+    json.dumps(result)
 
 
 @pytest.mark.parametrize(

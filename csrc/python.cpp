@@ -1,15 +1,18 @@
-// pybind11 module spkfast._C: what is not a tensor op. Build information, and features of arrays
-// and streams.
+// pybind11 module spkfast._C: what is not a tensor op. Build information, features of arrays and
+// streams, and crops of FLAC files.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
 #include "cpu/cpu_level.h"
+#include "cpu/flac_stream.h"
 #include "cpu/log_mel_fbank_stream.h"
 
 namespace py = pybind11;
@@ -146,11 +149,53 @@ class Fbank {
   spkfast::cpu::LogMelFbank fbank_;
 };
 
+// The bytes of an object, which cannot free or move them as long as this lives.
+class HeldBytes {
+ public:
+  explicit HeldBytes(const py::object& object) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  }
+  ~HeldBytes() { PyBuffer_Release(&view_); }
+  HeldBytes(const HeldBytes&) = delete;
+  HeldBytes& operator=(const HeldBytes&) = delete;
+
+  spkfast::cpu::FlacBytes flac() const {
+    return {static_cast<const uint8_t*>(view_.buf), static_cast<int64_t>(view_.len)};
+  }
+
+ private:
+  Py_buffer view_;
+};
+
+class Flac {
+ public:
+  explicit Flac(const py::object& bytes)
+      : held_(std::make_unique<HeldBytes>(bytes)), stream_(held_->flac()) {}
+  Flac(int descriptor, int64_t offset, int64_t size) : stream_({descriptor, offset, size}) {}
+
+  const std::string& unsupported() const { return stream_.unsupported(); }
+  int64_t samples() const { return stream_.samples(); }
+  int64_t sample_rate() const { return stream_.sample_rate(); }
+
+  py::array_t<int16_t> read(int64_t start, int64_t count) {
+    py::array_t<int16_t> samples(std::max<int64_t>(count, 0));
+    int16_t* const out = samples.mutable_data();
+    const py::gil_scoped_release release;
+    stream_.read(start, count, out);
+    return samples;
+  }
+
+ private:
+  std::unique_ptr<HeldBytes> held_;
+  spkfast::cpu::FlacStream stream_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "What spkfast was built with, what this CPU can do, and features of arrays and streams.";
+      "What spkfast was built with, what this CPU can do, features of arrays and streams, and "
+      "crops of FLAC files.";
   m.def("build_info", &build_info,
         "Compiler, flags and versions of the build, as a dictionary of strings.");
   m.def(
@@ -169,4 +214,13 @@ PYBIND11_MODULE(_C, m) {
       .def("push", &Stream::push, py::arg("samples"), "New frames (t, D) after these samples.")
       .def("flush", &Stream::flush, "The remaining frames (t, D); then starts again.")
       .def("reset", &Stream::reset, "Starts again.");
+  py::class_<Flac>(m, "Flac", "See spkfast.data.flac.")
+      .def(py::init<const py::object&>(), py::arg("bytes"))
+      .def(py::init<int, int64_t, int64_t>(), py::arg("descriptor"), py::arg("offset"),
+           py::arg("size"))
+      .def_property_readonly("unsupported", &Flac::unsupported,
+                             "Why another decoder has to read it, or an empty string.")
+      .def_property_readonly("samples", &Flac::samples)
+      .def_property_readonly("sample_rate", &Flac::sample_rate)
+      .def("read", &Flac::read, py::arg("start"), py::arg("count"), "Samples (n,), int16.");
 }

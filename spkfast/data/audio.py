@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 
+from spkfast.data.flac import FlacFile, OtherDecoder, open_flac
 from spkfast.errors import InputError
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3", ".aiff", ".opus")
@@ -43,8 +46,8 @@ def read_audio(
         return audio.read(start, audio.frames if num_samples is None else num_samples), audio.sample_rate
 
 
-class AudioFile:
-    """An open audio file, of which any part can be decoded alone.
+class AudioFile(ABC):
+    """An open audio file, of which any part can be decoded alone; for a ``with`` statement, which closes it.
 
     Attributes:
         name: Its path, for messages.
@@ -52,10 +55,8 @@ class AudioFile:
         sample_rate: In Hz.
     """
 
-    def __init__(self, name: str, file: Any) -> None:
-        self.name = name
-        self.frames, self.sample_rate = int(file.frames), int(file.samplerate)
-        self._file = file
+    def __init__(self, name: str, frames: int, sample_rate: int) -> None:
+        self.name, self.frames, self.sample_rate = name, frames, sample_rate
 
     def read(self, start: int, num_samples: int, channel: int | None = None) -> np.ndarray:
         """Samples ``[start, start + num_samples)``, averaged over channels, float32 in [-1, 1], shape (S,).
@@ -65,7 +66,7 @@ class AudioFile:
         Raises:
             InputError: If the file is cut off, or holds NaN or infinite samples there.
         """
-        samples = self._decode(start, num_samples, "float32")
+        samples = self._floats(start, num_samples)
         if channel is None:
             channel = 0 if samples.shape[1] == 1 else None
         mono = samples.mean(axis=1) if channel is None else samples[:, channel]
@@ -75,10 +76,58 @@ class AudioFile:
 
     def read_int16(self, start: int, num_samples: int) -> np.ndarray:
         """As :meth:`read`, int16: a 16-bit file of one channel gives exactly its numbers, others are rounded."""
+        return to_int16(self.read(start, num_samples))
+
+    @abstractmethod
+    def _floats(self, start: int, num_samples: int) -> np.ndarray:
+        """Samples of all channels, shape (S, C)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes the file."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Flac(AudioFile):
+    """FLAC of one channel and 16 bits, by a decoder of ours."""
+
+    def __init__(self, file: FlacFile) -> None:
+        super().__init__(file.name, file.frames, file.sample_rate)
+        self._file = file
+
+    def read_int16(self, start: int, num_samples: int) -> np.ndarray:
+        return self._file.read_int16(start, num_samples)
+
+    def _floats(self, start: int, num_samples: int) -> np.ndarray:
+        return self._file.read_int16(start, num_samples)[:, None] * np.float32(2**-15)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Sndfile(AudioFile):
+    """Everything else, by libsndfile."""
+
+    def __init__(self, name: str, file: Any) -> None:
+        super().__init__(name, int(file.frames), int(file.samplerate))
+        self._file = file
+
+    def read_int16(self, start: int, num_samples: int) -> np.ndarray:
         # libsndfile would cut what is finer than 16 bits short, and floats to -1, 0 and 1.
         if self._file.channels == 1 and self._file.subtype == "PCM_16":
             return np.asarray(self._decode(start, num_samples, "int16")[:, 0])
-        return to_int16(self.read(start, num_samples))
+        return super().read_int16(start, num_samples)
+
+    def _floats(self, start: int, num_samples: int) -> np.ndarray:
+        return self._decode(start, num_samples, "float32")
+
+    def close(self) -> None:
+        self._file.close()
 
     def _decode(self, start: int, num_samples: int, dtype: str) -> np.ndarray:
         wanted = max(0, min(num_samples, self.frames - start))
@@ -134,8 +183,7 @@ def resample(samples: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     return np.asarray(soxr.resample(samples, rate_in, rate_out), dtype=np.float32)
 
 
-@contextmanager
-def open_audio(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[AudioFile]:
+def open_audio(source: str | os.PathLike[str] | IO[bytes]) -> AudioFile:
     """A file of any format libsndfile reads, to decode parts of.
 
     Args:
@@ -144,21 +192,42 @@ def open_audio(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[AudioFile
     Raises:
         InputError: If the file is missing, empty, not audio or, as far as the header tells, cut off.
     """
+    name = _check_file(source)
+    file = _opened_flac(source, name) or _opened_sndfile(source, name)
+    if file.frames == 0:
+        file.close()
+        raise InputError(f"{name}: the file holds no samples")
+    return file
+
+
+def _opened_flac(source: Any, name: str) -> AudioFile | None:
+    """FLAC that is for our decoder; named so, or in memory."""
+    try:
+        if isinstance(source, str | os.PathLike):
+            return _Flac(open_flac(source)) if name.endswith(".flac") else None
+        if isinstance(source, io.BytesIO) and source.getbuffer()[:4] == b"fLaC":
+            return _Flac(FlacFile(source.getbuffer(), name))
+    except OtherDecoder:
+        pass
+    return None
+
+
+def _opened_sndfile(source: Any, name: str) -> AudioFile:
     import soundfile
 
-    name = _check_file(source)
     with _errors_name(name):
         # As bytes: a name need not be valid in any encoding.
         file = soundfile.SoundFile(os.fsencode(source) if isinstance(source, str | os.PathLike) else source)
-    with file:
-        if file.frames == 0:
-            raise InputError(f"{name}: the file holds no samples")
+    try:
         if file.frames > 1 << 48:
             raise InputError(f"{name}: the header does not say how long the file is; write the file anew")
         for declared, present in _SHORTENED.findall(file.extra_info):
             if int(present) < int(declared) < _UNKNOWN_SIZE:
                 raise InputError(f"{name}: the file is cut off: {present} of {declared} bytes of sound are there")
-        yield AudioFile(name, file)
+    except BaseException:
+        file.close()
+        raise
+    return _Sndfile(name, file)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ BAD_AUDIO = {
     "text": "not an audio file, or a damaged one",
     "nan": "the file holds NaN or infinite samples",
     "cut_wav": "the file is cut off: 19956 of 32000 bytes of sound are there",
-    "cut_flac": "not an audio file, or a damaged one",
+    "cut_flac": "cut off, or damaged, in the frame at sample",
     "short": "too short: 300 samples at 16000 Hz, one frame needs 400",
 }
 

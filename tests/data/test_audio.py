@@ -100,7 +100,7 @@ def test_cut_flac(tmp_path, share):
     soundfile.write(path, noise(), RATE)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(InputError, match=r"cut\.flac: (not an audio file, or a damaged one|the file is cut off)"):
+    with pytest.raises(InputError, match=r"cut\.flac: .*cut off"):
         read_audio(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -49,15 +49,27 @@ def read(item: Item) -> np.ndarray:
         return file.read(item.count, dtype="float32")
 
 
-def augment(samples: np.ndarray, item: Item, num_samples: int, power_floor: float) -> np.ndarray:
-    """Speed, room, noise and peak; files of noise are read as far as needed, at each use."""
+def read_room(path: Path) -> np.ndarray:
+    """An impulse response of unit energy."""
+    room, _ = soundfile.read(path, dtype="float32")
+    return room / np.sqrt(np.sum(room**2))
+
+
+def augment(
+    samples: np.ndarray,
+    item: Item,
+    num_samples: int,
+    power_floor: float,
+    memory: Mapping[Path, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Speed, room, noise and peak; noise is read as far as needed, at each use, where it is not in memory."""
     if item.speed != 1:
         ratio = Fraction(item.speed).limit_denominator(100)
         samples = scipy.signal.resample_poly(samples, ratio.denominator, ratio.numerator)
-    samples = np.resize(samples, num_samples)
+    if len(samples) != num_samples:
+        samples = np.resize(samples, num_samples)
     if item.room is not None:
-        room, _ = soundfile.read(item.room, dtype="float32")
-        room /= np.sqrt(np.sum(room**2))
+        room = read_room(item.room) if memory is None else memory[item.room]
         samples = scipy.signal.fftconvolve(samples, room)[:num_samples]
     for group in item.noises:
         if not group:
@@ -65,9 +77,14 @@ def augment(samples: np.ndarray, item: Item, num_samples: int, power_floor: floa
         clean_db = 10 * np.log10(np.mean(samples**2) + power_floor)
         total = np.zeros(num_samples, dtype=np.float32)
         for path, offset, snr_db in group:
-            with soundfile.SoundFile(path) as file:
-                file.seek(offset)
-                noise = np.resize(file.read(num_samples, dtype="float32"), num_samples)
+            if memory is None:
+                with soundfile.SoundFile(path) as file:
+                    file.seek(offset)
+                    noise = file.read(num_samples, dtype="float32")
+            else:
+                noise = memory[path][offset : offset + num_samples]
+            if len(noise) < num_samples:
+                noise = np.resize(noise, num_samples)
             noise_db = 10 * np.log10(np.mean(noise**2) + power_floor)
             total += np.float32(np.sqrt(10 ** ((clean_db - noise_db - snr_db) / 10))) * noise
         samples = samples + total

@@ -15,6 +15,7 @@ from spkfast.data.banks import Bank
 from spkfast.data.recipes import Choice, Companding, Effect, Gain, Noise, PeakNormalize, Recipe, Reverb, Telephone
 from spkfast.errors import InputError
 from spkfast.nn.fbank import Fbank
+from spkfast.reference.change_speed import half_width, source_samples
 from spkfast.reference.random import philox
 
 # Tells these draws from those of the front-end, whose noise and masks come from the same keys.
@@ -81,7 +82,8 @@ class Augment(nn.Module):
         rir: Room impulse responses, or None.
         num_samples: Length of a crop after its change of speed.
         sample_rate: Rate of the crops in Hz.
-        context: Samples that a crop has before its first one, for the change of speed.
+        context: Samples that a crop has before its first one, for the change of speed; None for as many as
+            :class:`spkfast.data.reading.CropDataset` gives with these speeds.
         warn: Called with a line for what the recipe asks for and cannot be had, and is left out.
 
     Raises:
@@ -96,21 +98,22 @@ class Augment(nn.Module):
         *,
         num_samples: int,
         sample_rate: int = 16000,
-        context: int = 0,
+        context: int | None = None,
         warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         super().__init__()
         for name, bank in (("noise", noise), ("rir", rir)):
             if bank is not None and bank.sample_rate != sample_rate:
                 raise InputError(f"{name} has {bank.sample_rate} Hz, the crops {sample_rate} Hz")
-        there = {*(noise.categories if noise else ()), *(rir.categories if rir else ())}
+        there = set(noise.categories if noise else ()) - {"rir"}
+        there |= set(rir.categories if rir else ()) & {"rir"}
         missing = recipe.needs - there
         if missing:
-            asked, recipe = recipe, recipe.without(missing)
-            if asked.stages and not recipe.stages:
+            recipe = recipe.without(missing)
+            if not recipe.effects:
                 raise InputError(
                     f"the augmentation needs {' and '.join(sorted(missing))}: give recordings of noise (folders music, "
-                    "noise, speech) and room impulse responses, or choose none"
+                    "noise, speech; --data.noise) and room impulse responses (--data.rir), or take the recipe none"
                 )
             warn(f"augmentation without {' and '.join(sorted(missing))}: there are no such recordings")
         if rir is not None and "rir" in recipe.needs:
@@ -121,9 +124,14 @@ class Augment(nn.Module):
                     f"far as that, the first: {rir.names[longer[0]]}"
                 )
         self.recipe, self.noise, self.rir = recipe, noise, rir
-        self.num_samples, self.sample_rate, self.context = num_samples, sample_rate, context
+        self.num_samples, self.sample_rate = num_samples, sample_rate
+        self.context = max(half_width(speed) for speed in recipe.speeds) if context is None else context
         self._places = {} if noise is None else {name: noise.places(name) for name in set(noise.categories)}
+        self._longest = int(rir.sizes.max()) if rir else 1
         self._direct = _direct_paths(rir) if rir and any(isinstance(e, Reverb) for e in recipe.effects) else None
+        for effect in recipe.effects:
+            if isinstance(effect, Telephone) and effect.band_hz[0] >= sample_rate / 2:
+                raise InputError(f"band_hz {list(effect.band_hz)} lies above half of the {sample_rate} Hz of the crops")
         bands = list(dict.fromkeys(e.band_hz for e in recipe.effects if isinstance(e, Telephone)))
         self._bands = {band: k for k, band in enumerate(bands)}
         table = np.concatenate([_band_pass(band, sample_rate) for band in bands]) if bands else np.zeros(1)
@@ -166,6 +174,7 @@ class Augment(nn.Module):
         """
         if (keys is None) == (plan is None):
             raise InputError("give either keys or a plan")
+        self._check(crops, speeds)
         x = functional.change_speed(
             crops,
             speeds,
@@ -177,6 +186,21 @@ class Augment(nn.Module):
         for step in self.draw(keys) if keys is not None else plan or ():
             x = self._done(step, x)
         return x
+
+    def _check(self, crops: Tensor, speeds: Tensor) -> None:
+        """Crops that are of another dataset than this is for."""
+        least = min(source_samples(self.num_samples, speed) for speed in self.recipe.speeds) + self.context
+        if crops.ndim == 2 and crops.shape[1] < least:
+            raise InputError(
+                f"crops of {crops.shape[1]} samples cannot give num_samples={self.num_samples}; "
+                "give the dataset the same number"
+            )
+        count = len(self.recipe.speeds)
+        if speeds.device.type == "cpu" and speeds.numel() and not 0 <= int(speeds.min()) <= int(speeds.max()) < count:
+            raise InputError(
+                f"speeds must lie in 0..{count - 1}, as the recipe has {count}, got {int(speeds.max())}; "
+                "give the dataset the speeds of the recipe"
+            )
 
     def _steps(self, choices: Sequence[Choice], position: int, chosen: Tensor, draws: _Draws) -> Plan:
         """What the effects at one position of all choices do, those of one kind together."""
@@ -228,11 +252,12 @@ class Augment(nn.Module):
             assert self.noise is not None
             samples, step = _near(self.noise.samples, step, x)
             return functional.add_noise(x, samples, *step, power_floor=self.recipe.power_floor, inplace=True)
-        values = [value.to(x.device, non_blocking=True) for value in step]
         if isinstance(step, Convolved):
             assert self.rir is not None
-            responses = self.rir.samples.to(x.device)
-            return functional.reverberate(x, responses, *values, longest=int(self.rir.sizes.max()), inplace=True)
+            longest = min(self._longest, self.num_samples)
+            samples, step = _rooms_near(self.rir.samples, step, x, longest)
+            return functional.reverberate(x, samples, *step, longest=longest, inplace=True)
+        values = [value.to(x.device, non_blocking=True) for value in step]
         if isinstance(step, Filtered):
             return functional.reverberate(x, self.filters.to(x.device), *values, longest=_TAPS, inplace=True)
         if isinstance(step, Scaled):
@@ -253,6 +278,8 @@ class AugmentedFbank(nn.Module):
 
     def __init__(self, augment: Augment, fbank: Fbank) -> None:
         super().__init__()
+        if augment.sample_rate != fbank.spec.sample_rate:
+            raise InputError(f"the crops have {augment.sample_rate} Hz, the front-end {fbank.spec.sample_rate} Hz")
         self.augment, self.fbank = augment, fbank
 
     def forward(self, crops: Tensor, lengths: Tensor, speeds: Tensor, keys: Tensor, plan: Plan | None = None) -> Tensor:
@@ -320,6 +347,23 @@ def _near(samples: Tensor, step: Mixed, x: Tensor) -> tuple[Tensor, Mixed]:
         samples, step = _cut_out(samples, step, x.shape[1], pin_memory=x.device.type == "cuda")
         samples = samples.to(x.device, non_blocking=True)
     return samples, Mixed(*(value.to(x.device, non_blocking=True) for value in step))
+
+
+def _rooms_near(samples: Tensor, step: Convolved, x: Tensor, longest: int) -> tuple[Tensor, Convolved]:
+    """The same of impulse responses, as far as they reach."""
+    if samples.device != x.device:
+        samples, step = _rooms_cut_out(samples, step, longest, pin_memory=x.device.type == "cuda")
+        samples = samples.to(x.device, non_blocking=True)
+    return samples, Convolved(*(value.to(x.device, non_blocking=True) for value in step))
+
+
+def _rooms_cut_out(samples: Tensor, step: Convolved, longest: int, *, pin_memory: bool) -> tuple[Tensor, Convolved]:
+    sizes = step.sizes.clamp_max(longest)
+    begins = sizes.cumsum(0) - sizes
+    parts = torch.empty(int(sizes.sum()), dtype=samples.dtype, pin_memory=pin_memory)
+    for begin, size, target in zip(step.begins.tolist(), sizes.tolist(), begins.tolist(), strict=True):
+        parts[target : target + size] = samples[begin : begin + size]
+    return parts, Convolved(begins, sizes, step.gains)
 
 
 def _cut_out(samples: Tensor, step: Mixed, length: int, *, pin_memory: bool) -> tuple[Tensor, Mixed]:

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from spkfast.data.audio import open_audio, resample, to_int16
 from spkfast.data.corpus import Corpus, Entry
+from spkfast.data.recipes import check_speeds
 from spkfast.data.samplers import Draw, StepSampler
 from spkfast.data.shards import source_of
 from spkfast.errors import InputError
@@ -105,12 +107,11 @@ class CropDataset(Dataset[Crop]):
         speeds: Sequence[float] = (1.0,),
         seed: int = 0,
     ) -> None:
-        if num_samples < 1:
+        if not isinstance(num_samples, int) or num_samples < 1:
             raise InputError(f"num_samples must be at least 1, got {num_samples}")
         if sample_rate < 1:
             raise InputError(f"sample_rate must be at least 1 Hz, got {sample_rate}")
-        if not speeds or not all(0 < speed < math.inf for speed in speeds) or len(set(speeds)) < len(speeds):
-            raise InputError(f"speeds must be positive factors, each one once, got {list(speeds)}")
+        check_speeds(speeds)
         self._corpus = corpus
         self._rate = sample_rate
         self._seed = seed
@@ -135,6 +136,8 @@ class CropDataset(Dataset[Crop]):
         Where many utterances in a row cannot be read, its label is -1: an exception would reach the training process as
         the traceback of a worker.
         """
+        if not isinstance(draw, Draw):
+            raise InputError(f"crops are drawn by epoch and utterance: read them by reading.Loader, got {draw!r}")
         key = crop_key(self._seed, draw.epoch, self._corpus.ids[draw.index])
         index = draw.index
         errors: list[Unreadable] = []
@@ -258,24 +261,53 @@ def collate(crops: Sequence[Crop]) -> Batch:
     )
 
 
-def loader(dataset: CropDataset, sampler: StepSampler, workers: int, *, prefetch: int = 4) -> DataLoader[Crop]:
-    """Batches (:class:`Batch`) of a sampler's steps, in page-locked memory where there is a GPU.
+class Loader(Iterable[Batch]):
+    """Batches of a sampler's steps, in page-locked memory where there is a GPU.
 
     Args:
         dataset: Reads the crops.
         sampler: Says which.
         workers: Processes that read; 0 reads in this one.
         prefetch: Batches that each reads ahead.
+        account: Takes what cannot be read, and ends the run where it is too much; None warns and has its own limits.
     """
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=_single_thread,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )
+
+    def __init__(
+        self,
+        dataset: CropDataset,
+        sampler: StepSampler,
+        workers: int,
+        *,
+        prefetch: int = 4,
+        account: BadUtterances | None = None,
+    ) -> None:
+        self.account = account or BadUtterances(len(dataset), warn=_warn)
+        self._loader: DataLoader[Crop] = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_single_thread,
+            prefetch_factor=prefetch if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches.
+
+        Raises:
+            InputError: If too many utterances cannot be read.
+        """
+        for batch in self._loader:
+            self.account.add(batch)
+            yield batch
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _segment(entry: Entry, frames: int, sample_rate: int) -> tuple[int, int]:

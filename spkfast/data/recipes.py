@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Literal
 
 from spkfast.data.banks import CATEGORIES
 from spkfast.errors import InputError, check_name, check_options
+from spkfast.reference.change_speed import ratio
 
 Range = tuple[float, float]
 
@@ -31,7 +33,7 @@ class Noise:
         check_name("category of noise", self.category, list(CATEGORIES))
         _check_range("snr_db", self.snr_db)
         _check_range("files", self.files)
-        if self.files[0] < 1 or any(int(n) != n for n in self.files):
+        if self.files[0] < 1 or not all(isinstance(n, int) for n in self.files):
             raise InputError(f"files must be counts from 1, got {list(self.files)}")
 
 
@@ -45,6 +47,10 @@ class Reverb:
 
     kind: ClassVar[str] = "reverb"
     direct_first: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.direct_first, bool):
+            raise InputError(f"direct_first must be true or false, got {self.direct_first!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Companding:
 
     def __post_init__(self) -> None:
         check_name("law of companding", self.law, ["mu", "a"])
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 16:
             raise InputError(f"bits must lie in 2..16, got {self.bits!r}")
 
 
@@ -112,7 +118,7 @@ class PeakNormalize:
     offset: float = 1e-4
 
     def __post_init__(self) -> None:
-        if not self.offset > 0:
+        if not _is_number(self.offset) or self.offset <= 0:
             raise InputError(f"offset must be positive, got {self.offset}")
 
 
@@ -135,8 +141,8 @@ class Choice:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise InputError(f"weight must not be negative, got {self.weight}")
+        if not _is_number(self.weight) or self.weight < 0:
+            raise InputError(f"weight must not be negative, got {self.weight!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +158,8 @@ class Stage:
     probability: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise InputError(f"probability must lie in 0..1, got {self.probability}")
+        if not _is_number(self.probability) or not 0 <= self.probability <= 1:
+            raise InputError(f"probability must lie in 0..1, got {self.probability!r}")
         if not sum(choice.weight for choice in self.choices) > 0:
             raise InputError("a stage must have a choice of positive weight")
 
@@ -173,31 +179,32 @@ class Recipe:
     power_floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.speeds or len(set(self.speeds)) < len(self.speeds) or not all(0.1 <= s <= 10 for s in self.speeds):
-            raise InputError(f"speeds must be factors from 0.1 to 10, each one once, got {list(self.speeds)}")
-        if not self.power_floor >= 0:
-            raise InputError(f"power_floor must not be negative, got {self.power_floor}")
+        check_speeds(self.speeds)
+        if not _is_number(self.power_floor) or self.power_floor < 0:
+            raise InputError(f"power_floor must not be negative, got {self.power_floor!r}")
 
     @property
     def effects(self) -> list[Effect]:
         """Every effect that may happen."""
-        return [effect for stage in self.stages for choice in stage.choices for effect in choice.effects]
+        return [
+            effect for stage in self.stages for choice in stage.choices if choice.weight for effect in choice.effects
+        ]
 
     @property
     def needs(self) -> set[str]:
         """Categories of recordings that the effects take, ``rir`` for impulse responses."""
-        return {
-            effect.category if isinstance(effect, Noise) else "rir"
-            for effect in self.effects
-            if isinstance(effect, Noise | Reverb)
-        }
+        return {_need(effect) for effect in self.effects} - {""}
 
     def without(self, categories: Collection[str]) -> Recipe:
         """The recipe without the choices that need one of these categories; the others share what was theirs."""
         stages = []
         for stage in self.stages:
-            kept = tuple(c for c in stage.choices if not Recipe((Stage((c,)),)).needs & set(categories) or not c.weight)
-            if sum(choice.weight for choice in kept) > 0:
+            kept = tuple(
+                choice
+                for choice in stage.choices
+                if choice.weight and not {_need(effect) for effect in choice.effects} & set(categories)
+            )
+            if any(choice.effects for choice in kept):
                 stages.append(dataclasses.replace(stage, choices=kept))
         return dataclasses.replace(self, stages=tuple(stages))
 
@@ -231,9 +238,11 @@ class Recipe:
         values = _mapping("recipe", values, ["stages", "speeds", "power_floor"])
         try:
             return cls(
-                tuple(_stage(stage, f"stages[{k}]") for k, stage in enumerate(values.get("stages", ()))),
-                tuple(float(speed) for speed in values.get("speeds", (1.0,))),
-                float(values.get("power_floor", 0.0)),
+                tuple(
+                    _stage(stage, f"stages[{k}]") for k, stage in enumerate(_list("stages", values.get("stages", ())))
+                ),
+                tuple(_list("speeds", values.get("speeds", (1.0,)))),
+                values.get("power_floor", 0.0),
             )
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, InputError) else InputError(f"recipe: {error}") from error
@@ -260,11 +269,16 @@ def recipe(name: str, **options: Any) -> Recipe:
     return Recipe.from_dict({**found.to_dict(), **_mapping(f"recipe {name}", options, list(found.to_dict()))})
 
 
+def _need(effect: Effect) -> str:
+    """Category of recordings that an effect takes, or an empty string."""
+    if isinstance(effect, Noise):
+        return effect.category
+    return "rir" if isinstance(effect, Reverb) else ""
+
+
 def _stage(values: Any, where: str) -> Stage:
     values = _mapping(where, values, ["probability", "choices"])
-    choices = values.get("choices", ())
-    if not isinstance(choices, list | tuple):
-        raise InputError(f"{where}.choices must be a list, got {choices!r}")
+    choices = _list(f"{where}.choices", values.get("choices", ()))
     return _made(
         where,
         Stage,
@@ -276,7 +290,7 @@ def _stage(values: Any, where: str) -> Stage:
 def _choice(values: Any, where: str) -> Choice:
     values = _mapping(where, values, ["weight", "effects"])
     effects = []
-    for k, effect in enumerate(values.get("effects", ())):
+    for k, effect in enumerate(_list(f"{where}.effects", values.get("effects", ()))):
         place = f"{where}.effects[{k}]"
         if not isinstance(effect, dict) or "kind" not in effect:
             raise InputError(f"{place} must have a kind, one of {', '.join(_EFFECTS)}, got {effect!r}")
@@ -297,6 +311,12 @@ def _made(where: str, kind: Any, **options: Any) -> Any:
         raise InputError(f"{where}: {error}") from error
 
 
+def _list(where: str, values: Any) -> Any:
+    if not isinstance(values, list | tuple):
+        raise InputError(f"{where} must be a list, got {values!r}")
+    return values
+
+
 def _mapping(where: str, values: Any, known: list[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{where} must hold keys and values, got {values!r}")
@@ -309,8 +329,24 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_range(name: str, value: Any) -> None:
-    if not isinstance(value, tuple) or len(value) != 2 or not value[0] <= value[1]:
-        raise InputError(f"{name} must be lowest and highest, got {value!r}")
+    if not isinstance(value, tuple) or len(value) != 2 or not all(_is_number(v) for v in value) or value[0] > value[1]:
+        raise InputError(f"{name} must be lowest and highest, two numbers, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_speeds(speeds: Sequence[float]) -> None:
+    """Refuses factors that ``functional.change_speed`` does not take, and two that are the same to it.
+
+    Raises:
+        InputError: Then.
+    """
+    if not speeds or not all(_is_number(speed) and 0.1 <= speed <= 10 for speed in speeds):
+        raise InputError(f"speeds must be factors from 0.1 to 10, got {list(speeds)}")
+    if len({ratio(speed) for speed in speeds}) < len(speeds):
+        raise InputError(f"speeds must be different ones, got {list(speeds)}")
 
 
 _NOISE, _MUSIC = Noise("noise", (0.0, 15.0)), Noise("music", (5.0, 15.0))

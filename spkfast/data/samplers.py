@@ -203,8 +203,11 @@ class LengthSampler(Sampler):
         unknown = int(np.isnan(seconds).sum())
         if unknown:
             raise InputError(
-                f"{corpus.name}: does not say how long {unknown} utterances are, which length buckets need"
+                f"{corpus.name}: does not say how long {unknown} utterances are, which length buckets need: "
+                "add utt2dur or a column 'seconds', or make shards of it"
             )
+        if batch_seconds is not None and not 0 < batch_seconds < np.inf:
+            raise InputError(f"batch_seconds must be positive, got {batch_seconds}")
         if num_buckets < 1:
             raise InputError(f"num_buckets must be at least 1, got {num_buckets}")
         if batch_seconds is None:

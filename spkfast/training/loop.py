@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from spkfast import models
 from spkfast.data import samplers
 from spkfast.data.augmentation import Augment, AugmentedFbank
-from spkfast.data.banks import Bank
+from spkfast.data.banks import CATEGORIES, Bank
 from spkfast.data.corpus import Corpus
 from spkfast.data.manifests import read_corpus
-from spkfast.data.reading import BadUtterances, Batch, CropDataset, loader
+from spkfast.data.reading import BadUtterances, Batch, CropDataset, Loader
 from spkfast.data.recipes import Recipe, recipe
 from spkfast.data.samplers import StepSampler
 from spkfast.errors import InputError, check_options
@@ -136,18 +136,21 @@ class Trainer:
         )
         masks = None if data.augment.spec_augment is None else _spec_augment(data.augment.spec_augment)
         self._features = AugmentedFbank(augment, Fbank(self._spec, spec_augment=masks, validate=False)).to(device)
+        processes = self._accelerator.num_processes
+        options = data.sampler_options
+        for name in ("batch_size", "seed"):
+            if name in options:
+                raise InputError(f"data.sampler_options: {name} is a setting of the run, give --{name}")
+        if data.sampler == "length_buckets":  # batch norm needs two rows to have a variance
+            options = {"row_multiple": _LEAST["batch_size"] * processes, **options}
         sampler = samplers.create(
-            data.sampler,
-            self.corpus,
-            batch_size=config.batch_size * self._accelerator.num_processes,
-            seed=config.seed,
-            **data.sampler_options,
+            data.sampler, self.corpus, batch_size=config.batch_size * processes, seed=config.seed, **options
         )
         self._sampler = StepSampler(
             sampler,
             config.steps,
             rank=self._accelerator.process_index,
-            world_size=self._accelerator.num_processes,
+            world_size=processes,
         )
         try:
             net = models.create(config.model.name, **{"feature_dim": self._spec.output_size, **config.model.options})
@@ -159,7 +162,7 @@ class Trainer:
         self._task = SpeakerTask(net, head)
         self._wrapped, self._optimizer = self._accelerator.prepare(self._task, _optimizer(self._task, config.optimizer))
         self._settings = {
-            **flatten(config),
+            **json.loads(json.dumps(flatten(config))),  # as a checkpoint has them
             "contents of the data": _fingerprint(self.corpus, noise, rir),
             "number of processes": self._accelerator.num_processes,
         }
@@ -194,9 +197,10 @@ class Trainer:
         self._wrapped.train()
         started = saved = time.monotonic()
         self._sampler.load_state_dict({"step": self.first_step})
-        batches = loader(self.dataset, self._sampler, config.data.workers)
+        batches = Loader(self.dataset, self._sampler, config.data.workers, account=self._bad)
+        rows = 0
         for step, batch in enumerate(batches, start=self.first_step):
-            self._bad.add(batch)
+            rows += len(batch.labels)
             entry = self._step(step, batch)
             done = step + 1
             for name in ("loss", "grad_norm"):
@@ -205,8 +209,7 @@ class Trainer:
                         f"{self.folder}: the {name} became {entry[name]} at step {done}; "
                         "lower optimizer.lr or optimizer.clip_grad_norm"
                     )
-            crops = (done - self.first_step) * config.batch_size * accelerator.num_processes
-            entry["crops_per_second"] = crops / (time.monotonic() - started)
+            entry["crops_per_second"] = rows * accelerator.num_processes / (time.monotonic() - started)
             if done % config.log_steps == 0 or done == config.steps:
                 accelerator.log(entry, step=done)
                 if log:
@@ -311,7 +314,7 @@ def _recipe(data: DataConfig) -> Recipe:
     except InputError as error:
         raise InputError(f"data.augment: {error}") from error
     for name in ("noise", "rir"):
-        if getattr(data, name) is not None and not made.stages:
+        if getattr(data, name) is not None and not made.needs & ({"rir"} if name == "rir" else {*CATEGORIES}):
             raise InputError(f"data.{name} is given, but data.augment.recipe={data.augment.recipe} uses none")
     return made
 

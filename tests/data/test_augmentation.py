@@ -8,8 +8,19 @@ import scipy.signal
 import torch
 
 from spkfast import functional
-from spkfast.data.augmentation import Augment, AugmentedFbank, Companded, Convolved, Filtered, Mixed, _cut_out
+from spkfast.data.augmentation import (
+    Augment,
+    AugmentedFbank,
+    Companded,
+    Convolved,
+    Filtered,
+    Mixed,
+    _cut_out,
+    _rooms_cut_out,
+)
 from spkfast.data.banks import Bank
+from spkfast.data.corpus import Corpus, Entry
+from spkfast.data.reading import CropDataset
 from spkfast.data.recipes import (
     Choice,
     Companding,
@@ -347,6 +358,52 @@ def test_parts_cut_out_of_a_bank_give_the_same():
     # Powers are summed by parts, of which a recording that begins anew has two.
     expected = functional.add_noise(x, NOISE.samples, *mixed)
     torch.testing.assert_close(functional.add_noise(x, cut, *step), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_rooms_cut_out_of_a_bank_give_the_same():
+    crops, keys = _crops(16), _keys(16)
+    room = Augment(recipe("espnet"), NOISE, RIR, num_samples=SAMPLES).draw(keys)[0]
+    assert isinstance(room, Convolved) and 0 < int((room.sizes > 0).sum()) < 16 and int(room.sizes.max()) > SAMPLES
+    cut, step = _rooms_cut_out(RIR.samples, room, SAMPLES, pin_memory=False)
+    x = crops.float() / 32768
+    expected = functional.reverberate(x, RIR.samples, *room, longest=SAMPLES)
+    assert torch.equal(functional.reverberate(x, cut, *step, longest=SAMPLES), expected)
+    assert len(cut) < len(RIR.samples) * 16
+
+
+def test_banks_of_the_wrong_kind_are_none():
+    with pytest.raises(InputError, match="needs noise: give recordings"):
+        Augment(_one(Noise()), RIR, num_samples=SAMPLES)
+    with pytest.raises(InputError, match="needs rir: give recordings"):
+        Augment(_one(Reverb()), NOISE, NOISE, num_samples=SAMPLES)
+
+
+@pytest.mark.parametrize("name", ["espnet", "taoruijie", "clova", "wespeaker", "room_or_noise"])
+def test_a_recipe_of_which_nothing_is_left_is_refused(name):
+    with pytest.raises(InputError, match="give recordings of noise"):
+        Augment(recipe(name), num_samples=SAMPLES)
+
+
+def test_bands_above_the_crops_are_refused():
+    with pytest.raises(InputError, match="lies above half of the 8000 Hz"):
+        Augment(_one(Telephone((4000.0, 5000.0))), num_samples=SAMPLES, sample_rate=8000)
+
+
+def test_context_is_that_of_the_crops():
+    made = recipe("none", speeds=[1.0, 0.9, 1.25])
+    corpus = Corpus([Entry("a", "1", "1.wav"), Entry("b", "2", "2.wav")])
+    assert Augment(made, num_samples=900).context == CropDataset(corpus, num_samples=900, speeds=made.speeds).context
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    augment = Augment(recipe("none"), num_samples=SAMPLES)
+    with pytest.raises(InputError, match="the crops have 16000 Hz, the front-end 8000 Hz"):
+        AugmentedFbank(augment, Fbank(frontend("wespeaker", sample_rate=8000)))
+    arguments = torch.tensor([100]), torch.tensor([0]), _keys(1)
+    with pytest.raises(InputError, match="crops of 3999 samples cannot give num_samples=4000"):
+        augment(_crops(1, 3999), *arguments)
+    with pytest.raises(InputError, match=r"speeds must lie in 0..0, as the recipe has 1, got 2"):
+        augment(_crops(1), torch.tensor([100]), torch.tensor([2]), _keys(1))
 
 
 def test_features_of_crops():

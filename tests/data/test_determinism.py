@@ -9,7 +9,7 @@ from spkfast.data import samplers
 from spkfast.data.augmentation import Augment, AugmentedFbank
 from spkfast.data.banks import Bank
 from spkfast.data.manifests import read_corpus
-from spkfast.data.reading import CropDataset, loader
+from spkfast.data.reading import CropDataset, Loader
 from spkfast.data.recipes import recipe
 from spkfast.frontends import frontend
 from spkfast.nn import Fbank, SpecAugment
@@ -50,7 +50,7 @@ def _features(folder, *, workers=0, rank=0, world_size=1, threads=1, first=0):
     try:
         return [
             (module(batch.crops, batch.lengths, batch.speeds, batch.keys), batch.labels, batch.keys)
-            for batch in loader(dataset, steps, workers)
+            for batch in Loader(dataset, steps, workers)
         ]
     finally:
         torch.set_num_threads(before)

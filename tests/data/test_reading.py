@@ -14,7 +14,7 @@ import soxr
 import torch
 
 from spkfast.data.corpus import Corpus, Entry
-from spkfast.data.reading import BadUtterances, Batch, CropDataset, collate, crop_key, loader
+from spkfast.data.reading import BadUtterances, Batch, CropDataset, Loader, collate, crop_key
 from spkfast.data.samplers import Draw, StepSampler, create
 from spkfast.errors import InputError
 from spkfast.reference.change_speed import change_speed, half_width, source_samples
@@ -247,7 +247,7 @@ def batches(entries, steps=12, first=0, workers=0, **ranks):
     sampler = StepSampler(create("random", corpus, batch_size=8, seed=3), steps, **ranks)
     sampler.load_state_dict({"step": first})
     dataset = CropDataset(corpus, num_samples=1000, speeds=SPEEDS, seed=3)
-    return list(loader(dataset, sampler, workers))
+    return list(Loader(dataset, sampler, workers))
 
 
 def assert_equal(one: Batch, other: Batch):
@@ -442,7 +442,7 @@ def test_refuses_settings_that_make_no_sense(tmp_path):
     for message, options in {
         "num_samples must be at least 1, got 0": {"num_samples": 0},
         "sample_rate must be at least 1 Hz, got 0": {"sample_rate": 0},
-        r"speeds must be positive factors, each one once, got \[\]": {"speeds": ()},
+        r"speeds must be factors from 0.1 to 10, got \[\]": {"speeds": ()},
         r"speeds must be .* got \[1.0, 0.0\]": {"speeds": (1.0, 0.0)},
         r"speeds must be .* got \[0.9, 0.9\]": {"speeds": (0.9, 0.9)},
         r"speeds must be .* got \[nan\]": {"speeds": (float("nan"),)},
@@ -457,3 +457,16 @@ def test_real_speech(speech):
     for crop in crops(one(path), 8000, SPEEDS, epochs=20):
         inside = crop.samples[CONTEXT : CONTEXT + source_samples(8000, SPEEDS[crop.speed])]
         assert whole.tobytes().find(inside.tobytes()) >= 0 and inside.any()
+
+
+def test_a_loader_tells_of_what_it_cannot_read(tmp_path):
+    corpus = Corpus([Entry("a", "1", str(tmp_path / "1.wav")), Entry("b", "2", str(tmp_path / "2.wav"))])
+    steps = StepSampler(create("random", corpus, batch_size=2), 2)
+    with pytest.raises(InputError, match="2 of 2 utterances could not be read, 16 in a row"):
+        list(Loader(CropDataset(corpus, num_samples=100), steps, 0))
+
+
+def test_places_are_no_draws(tmp_path):
+    corpus = Corpus([Entry("a", "1", str(tmp_path / "1.wav")), Entry("b", "2", str(tmp_path / "2.wav"))])
+    with pytest.raises(InputError, match=r"read them by reading\.Loader"):
+        CropDataset(corpus, num_samples=100)[0]

@@ -1,6 +1,7 @@
 """Recipes of augmentation."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -56,6 +57,14 @@ def test_what_cannot_be_had_is_left_out():
     assert recipe("wespeaker").without({"rir", "noise", "speech", "music"}).stages == ()
 
 
+def test_choices_of_no_weight_count_for_nothing():
+    made = Recipe((Stage((Choice((Noise(),)), Choice((Reverb(),), 0))),))
+    assert made.needs == {"noise"}
+    assert made.without({"rir"}).stages == (Stage((Choice((Noise(),)),)),)
+    # What would be left does nothing.
+    assert recipe("clova").without({"rir", "noise", "music", "speech"}).stages == ()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -71,9 +80,19 @@ def test_what_cannot_be_had_is_left_out():
         ({"stages": [{"probability": 1.5, "choices": [{}]}]}, r"stages\[0\]: probability must lie in 0..1"),
         ({"stages": [{"choices": 3}]}, "choices must be a list"),
         ({"stages": ["noise"]}, r"stages\[0\] must hold keys and values"),
-        ({"stages": 3}, "recipe"),
-        ({"speeds": [1.0, 1.0]}, "each one once"),
-        ({"speeds": ["fast"]}, "recipe"),
+        ({"stages": 3}, "stages must be a list, got 3"),
+        ({"stages": None}, "stages must be a list, got None"),
+        ({"stages": [{"choices": [{"effects": None}]}]}, r"choices\[0\].effects must be a list"),
+        ({"stages": [{"choices": [{"effects": [{"kind": "noise", "files": [1.0, 2.0]}]}]}]}, "files must be counts"),
+        ({"stages": [{"choices": [{"effects": [{"kind": "noise", "snr_db": ["0", "15"]}]}]}]}, "two numbers"),
+        ({"stages": [{"choices": [{"effects": [{"kind": "noise", "snr_db": [-math.inf, 1]}]}]}]}, "two numbers"),
+        ({"stages": [{"choices": [{"effects": [{"kind": "gain", "gain_db": [0, math.inf]}]}]}]}, "two numbers"),
+        ({"stages": [{"choices": [{"effects": [{"kind": "reverb", "direct_first": "no"}]}]}]}, "true or false"),
+        ({"stages": [{"choices": [{"weight": math.inf}]}]}, "weight must not be negative"),
+        ({"stages": [{"choices": [{"weight": 0}]}]}, "choice of positive weight"),
+        ({"speeds": [1.0, 1.0001]}, "different ones"),
+        ({"speeds": [1.0, 1.0]}, "different ones"),
+        ({"speeds": ["fast"]}, "speeds must be factors"),
         ({"power_floor": -1.0}, "power_floor"),
         ({"stages": [{"choices": [{"effects": [{"kind": "companding", "bits": 1}]}]}]}, "bits must lie in 2..16"),
         ({"stages": [{"choices": [{"effects": [{"kind": "companding", "law": "b"}]}]}]}, "law of companding 'b'"),

@@ -167,7 +167,7 @@ def test_bad_files_are_named_and_counted_and_strict_ends_the_run(tmp_path, capsy
         (["--data.sampler", "balanc"], "unknown sampler 'balanc' (did you mean 'balanced'?)"),
         (["--data.sampler_options", "{n: 3}"], "unknown option 'n' of sampler balanced"),
         (["--seed", "99999999999999999999"], "seed must be at most 4294967295"),
-        (["--data.augment.options", "{speeds: [1.0, 1.0]}"], "each one once"),
+        (["--data.augment.options", "{speeds: [1.0, 1.0]}"], "speeds must be different ones"),
         (["--loss.scale", "0"], "loss.scale must be positive"),
         (["--data.augment.options", "{speeds: []}"], "speeds must be factors"),
         (["--data.crop_seconds", "0.01"], "data.crop_seconds=0.01 is shorter than one frame"),

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from spkfast.cli.common import Parser, add_json, meter, print_result
@@ -109,6 +109,7 @@ def _shards(argv: list[str]) -> None:
             raise InputError(f"{args.source}: {len(damaged)} of {utterances} utterances are damaged")
         print_result({"shards": args.source, "utterances": utterances, "damaged": 0}, args.json)
         return
+    _check_free(args.out)
     with _extracted(args.source, args.out) as source:
         corpus = read_corpus(source, root=args.root, speakers=args.speakers, warn=_say)
         with meter("writing shards") as update:
@@ -140,7 +141,7 @@ def _noise(argv: list[str]) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help=f"folder of recordings; those below music/, noise/ and speech/ are of that category{_ARCHIVE}",
+        help=f"folder of recordings; those in music/, noise/ and speech/ are of that category{_ARCHIVE}",
     )
     parser.add_argument("out", metavar="OUT", help="folder of the bank")
     parser.add_argument("--rir", action="store_true", help="the recordings are room impulse responses")
@@ -148,13 +149,13 @@ def _noise(argv: list[str]) -> None:
     add_json(parser)
     args = parser.parse_args(argv)
     _at_least(args, sample_rate=1)
-    _check_free(args.out)
 
-    from spkfast.data.banks import Bank
+    from spkfast.data.banks import CATEGORIES, Bank, is_unfinished
 
-    with _extracted(args.source, args.out) as source:
-        bank = Bank.from_folder(source, args.sample_rate, _say, rir=args.rir)
-        bank.save(args.out)
+    if not is_unfinished(args.out):
+        _check_free(args.out)
+    with _extracted(args.source, args.out, CATEGORIES) as source, meter("reading recordings") as update:
+        bank = Bank.from_folder(source, args.sample_rate, _say, rir=args.rir, out=args.out, progress=update)
     counts = {name: bank.categories.count(name) for name in sorted(set(bank.categories))}
     result = {"folder": args.out, "sample_rate": bank.sample_rate, "hours": bank.seconds / 3600, "recordings": counts}
     print_result(result, args.json)
@@ -164,26 +165,29 @@ _KINDS = {"folder": _folder, "shards": _shards, "noise": _noise}
 
 
 @contextlib.contextmanager
-def _extracted(source: str, out: str) -> Iterator[Path]:
+def _extracted(source: str, out: str, telling: Collection[str] = ()) -> Iterator[Path]:
     """The source, or the folder that an archive was extracted into: beside ``out``, and for as long as it is read."""
     from spkfast.data import archives
 
     if not archives.is_archive(source):
         yield Path(source)
         return
-    _check_free(out)
     beside = Path(out).absolute().parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{Path(out).name}.source-", dir=beside) as folder:
         with meter("extracting") as update:
             extracted = archives.extract(source, Path(folder) / "source", progress=update)
-        yield _inner(extracted)
+        yield _inner(extracted, telling)
 
 
-def _inner(folder: Path) -> Path:
-    """The first folder, from this one down, that holds more than one folder: archives wrap what they hold."""
+def _inner(folder: Path, telling: Collection[str] = ()) -> Path:
+    """The first folder, from this one down, that holds more than one folder: archives wrap what they hold.
+
+    One of the ``telling`` names is where it ends, as the name says what is inside.
+    """
     inside = list(folder.iterdir())
-    return _inner(inside[0]) if len(inside) == 1 and inside[0].is_dir() else folder
+    wraps = len(inside) == 1 and inside[0].is_dir() and folder.name not in telling
+    return _inner(inside[0], telling) if wraps else folder
 
 
 def _check_free(out: str) -> None:

@@ -26,12 +26,16 @@ def scan(folder: str | os.PathLike[str], warn: Callable[[str], None] = lambda me
     found = []
     for path in audio_files(root):
         parts = path.relative_to(root).parts
-        if len(parts) != 3:
+        name = "/".join(parts)
+        shown = os.fsencode(name).decode(errors="backslashreplace")
+        if shown != name:
+            warn(f"{root}/{shown}: passed over, a name that is not UTF-8 cannot stand in a list")
+        elif len(parts) != 3:
             warn(f"{path}: passed over, not at <speaker>/<session>/<utterance>")
         elif any(letter.isspace() for part in parts for letter in part):
             warn(f"{path}: passed over, a name with white space cannot stand in a list")
         else:
-            found.append(Utterance(parts[0], "/".join(parts)))
+            found.append(Utterance(parts[0], name))
     if not found:
         raise InputError(f"{root}: holds no lists and no audio at <speaker>/<session>/<utterance>")
     return found
@@ -82,9 +86,16 @@ def split(
 def write_lists(folder: str | os.PathLike[str], train: list[Utterance], trials: list[Trial]) -> tuple[Path, Path]:
     """Write ``train_list.txt`` and ``trials.txt`` into a folder and return their paths."""
     train_list, trial_list = Path(folder) / "train_list.txt", Path(folder) / "trials.txt"
+    contents = {
+        train_list: "".join(f"{u.speaker} {u.path}\n" for u in train).encode(),
+        trial_list: "".join(f"{int(t.target)} {t.enrol} {t.test}\n" for t in trials).encode(),
+    }
     train_list.parent.mkdir(parents=True, exist_ok=True)
-    train_list.write_text("".join(f"{u.speaker} {u.path}\n" for u in train), encoding="utf-8")
-    trial_list.write_text("".join(f"{int(t.target)} {t.enrol} {t.test}\n" for t in trials), encoding="utf-8")
+    # Renamed when both are whole: a list that is cut off reads like a shorter one.
+    for path, content in contents.items():
+        _partial(path).write_bytes(content)
+    for path in contents:
+        os.replace(_partial(path), path)
     return train_list, trial_list
 
 
@@ -98,6 +109,10 @@ def check_disjoint(train: list[Utterance], trials: list[Trial]) -> None:
     for path in trial_paths(trials):
         if speaker_of(path) in seen:
             raise InputError(f"speaker {speaker_of(path)} of the trials is in the training list")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
 
 
 def _draw(pairs: list[tuple[str, str]], most: int, rng: np.random.Generator) -> list[tuple[str, str]]:

@@ -127,8 +127,8 @@ class Trainer:
         device = self._accelerator.device
         augment = Augment(
             made,
-            noise.to(device) if noise else None,
-            rir.to(device) if rir else None,
+            noise.to(device, warn) if noise else None,
+            rir.to(device, warn) if rir else None,
             num_samples=num_samples,
             sample_rate=self._spec.sample_rate,
             context=self.dataset.context,
@@ -329,9 +329,9 @@ def _spec_augment(options: dict[str, Any]) -> SpecAugment:
 
 
 def _fingerprint(corpus: Corpus, *banks: Bank | None) -> str:
-    """Hex digest of what a resumed run must find again: the corpus and the names in the banks, in their order."""
-    names = [bank.names if bank else [] for bank in banks]
-    return hashlib.sha256(json.dumps([corpus.fingerprint, names]).encode()).hexdigest()[:16]
+    """Hex digest of what a resumed run must find again: the corpus and the banks."""
+    parts = [corpus.fingerprint, *(bank.fingerprint if bank else "" for bank in banks)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def _form(config: LossConfig) -> MarginForm:

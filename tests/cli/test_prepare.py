@@ -1,6 +1,7 @@
 """The command ``prepare``."""
 
 import json
+import os
 import shutil
 import tarfile
 
@@ -65,6 +66,17 @@ def test_folder(spkfast, tmp_path, recordings, archived):
     spkfast("prepare", "folder", root, tmp_path / "same", "--test-speakers", 3)
     spkfast("prepare", "folder", root, tmp_path / "other", "--test-speakers", 3, "--seed", 1)
     assert (tmp_path / "same/train_list.txt").read_text() == lists != (tmp_path / "other/train_list.txt").read_text()
+
+
+def test_folder_with_names_that_no_list_can_hold(spkfast, tmp_path, recordings):
+    folder, _ = recordings
+    try:
+        shutil.copy(folder / "s0/r0/0.wav", os.fsdecode(bytes(folder / "s0/r0") + b"/1\xe9.wav"))
+    except OSError:
+        pytest.skip("the file system takes names of UTF-8 alone")
+    status, out, err = spkfast("prepare", "folder", folder, tmp_path / "out", "--test-speakers", 3, "--json")
+    assert status == 0 and "1\\xe9.wav: passed over" in err and json.loads(out)["utterances"] == 12
+    assert sorted(os.listdir(tmp_path / "out")) == ["train_list.txt", "trials.txt"]
 
 
 def test_folder_errors(spkfast, tmp_path, recordings):
@@ -157,6 +169,45 @@ def test_noise(spkfast, tmp_path, archived):
     assert "bank: is there already" in spkfast("prepare", "noise", source, tmp_path / "bank").error
     status, out, _ = spkfast("prepare", "noise", source, tmp_path / "rirs", "--rir", "--sample-rate", 8000, "--json")
     assert status == 0 and json.loads(out)["recordings"] == {"rir": 4} and json.loads(out)["sample_rate"] == 8000
+
+
+@pytest.fixture
+def music(tmp_path):
+    folder = tmp_path / "musan" / "music"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        soundfile.write(folder / f"{number}.wav", np.random.default_rng(number).normal(size=800) / 10, RATE)
+    return folder
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_noise_of_one_category(spkfast, tmp_path, music, archived):
+    source = packed(music, tmp_path / "musan.tgz", "musan/music/free") if archived else music
+    status, out, _ = spkfast("prepare", "noise", source, tmp_path / "bank", "--json")
+    assert status == 0 and json.loads(out)["recordings"] == {"music": 3}
+
+
+def test_noise_shows_how_far_it_is(spkfast, tmp_path, music, monkeypatch):
+    monkeypatch.setattr("spkfast.cli.common._SECONDS_BETWEEN_LINES", 0.0)
+    err = spkfast("prepare", "noise", music, tmp_path / "bank").err
+    assert [line.split(",")[0] for line in err.splitlines()] == [f"reading recordings: {n}/3" for n in (1, 2, 3)]
+
+
+def test_noise_after_a_killed_run(spkfast, tmp_path, music):
+    (tmp_path / "bank").mkdir()
+    for name in ("samples.npy", "samples.npy.partial"):
+        (tmp_path / "bank" / name).write_bytes(b"half")
+    assert spkfast("prepare", "noise", music, tmp_path / "bank").status == 0
+    assert sorted(os.listdir(tmp_path / "bank")) == ["bank.json", "samples.npy"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "samples.npy").write_bytes(b"of someone")
+    assert "other: is there already" in spkfast("prepare", "noise", music, tmp_path / "other").error
+
+
+def test_noise_of_a_bank_of_the_other_kind(spkfast, tmp_path, music):
+    spkfast("prepare", "noise", music, tmp_path / "bank")
+    wrong = spkfast("prepare", "noise", tmp_path / "bank", tmp_path / "rirs", "--rir").error
+    assert "bank: holds a bank of noise, one of room impulse responses is needed" in wrong
 
 
 def test_noise_errors(spkfast, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from spkfast.data.folder import check_disjoint, scan, split, write_lists
@@ -23,6 +25,33 @@ def test_scan_takes_one_layout_and_reports_the_rest(tmp_path):
     assert [u.speaker for u in found] == ["a", "a", "b"]
     assert [any(word in line for line in told) for word in ("deep", "loose.wav", "white space")] == [True] * 3
     assert len(told) == 3
+
+
+def test_scan_passes_over_names_that_are_not_utf8(tmp_path):
+    folder = tmp_path / "données"
+    try:
+        make(folder, "a/1/é.wav", os.fsdecode(b"a/1/1\xe9.wav"), os.fsdecode(b"b\xff/1/x.wav"))
+    except OSError:
+        pytest.skip("the file system takes names of UTF-8 alone")
+    told = []
+    assert scan(folder, warn=told.append) == [Utterance("a", "a/1/é.wav")]
+    assert [line.encode() for line in told] and len(told) == 2
+    assert f"{folder}/a/1/1\\xe9.wav: passed over, a name that is not UTF-8" in told[0]
+    assert f"{folder}/b\\xff/1/x.wav: passed over, a name that is not UTF-8" in told[1]
+
+
+def test_lists_are_written_whole_or_not_at_all(tmp_path):
+    one, trial = Utterance("a", "a/1/x.wav"), Trial(True, "a/1/x.wav", "a/1/y.wav")
+    with pytest.raises(UnicodeEncodeError):
+        write_lists(tmp_path, [one, Utterance("b\udcff", "b\udcff/1/x.wav")], [trial])
+    with pytest.raises(UnicodeEncodeError):
+        write_lists(tmp_path, [one], [Trial(True, "b\udcff/1/x.wav", "a/1/y.wav")])
+    assert not os.listdir(tmp_path)
+    write_lists(tmp_path, [one], [trial])
+    (tmp_path / "trials.txt.partial").mkdir()  # what comes second cannot be written
+    with pytest.raises(IsADirectoryError):
+        write_lists(tmp_path, [one, one], [trial, trial])
+    assert read_train_list(tmp_path / "train_list.txt") == [one] and read_trials(tmp_path / "trials.txt") == [trial]
 
 
 def test_scan_of_nothing(tmp_path):

@@ -111,7 +111,7 @@ def test_resume_refuses_other_settings_and_other_versions(corpus, unbroken, tmp_
     lines = (corpus / "train_list.txt").read_text().splitlines()
     (corpus / "other.txt").write_text("\n".join(lines[:-1]))
     assert "contents of the data" in failure("--data.train_list", str(corpus / "other.txt"))
-    assert "contents of the data" in failure("--data.noise", str(corpus / "spk0" / "s"))
+    assert "contents of the data" in failure("--data.noise", str(corpus / "spk2"))
     checkpoint = unbroken / "checkpoints" / "step_00000030"
     version = json.dumps({**json.loads((checkpoint / "run.json").read_text()), "format_version": 99}).encode()
     for name, content, words in (

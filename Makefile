@@ -24,7 +24,7 @@ SEED ?= 0
 CASE ?=
 ARGS ?=
 # One thread in each of as many processes as there are cores; tests of threads set their own number.
-JOBS ?= $(shell nproc)
+JOBS ?= $(shell env -u OMP_NUM_THREADS nproc)
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Folders are listed too: adding or removing a file changes them.

@@ -48,6 +48,8 @@ def _run(*command: str | Path, cwd: Path) -> str:
     # Neither the checkout nor the caller's own settings may help.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    # Set-up builds the same sources with an optimiser; without one it takes half the time.
+    environment["CMAKE_BUILD_TYPE"] = "None"
     result = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
     return result.stdout

@@ -14,6 +14,7 @@ from spkfast.errors import InputError
 
 HELP = "lists of a folder, shards of a corpus, banks of noise and impulse responses"
 
+_MOST_LINES = 20
 _ARCHIVE = "; an archive (tar, zip) is extracted first"
 
 
@@ -103,8 +104,10 @@ def _shards(argv: list[str]) -> None:
     if args.verify:
         with meter("verifying") as update:
             utterances, damaged = verify_shards(args.source, progress=update)
-        for line in damaged:
+        for line in damaged[:_MOST_LINES]:
             _say(line)
+        if len(damaged) > _MOST_LINES:
+            _say(f"and {len(damaged) - _MOST_LINES} more")
         if damaged:
             raise InputError(f"{args.source}: {len(damaged)} of {utterances} utterances are damaged")
         print_result({"shards": args.source, "utterances": utterances, "damaged": 0}, args.json)

@@ -137,6 +137,17 @@ def test_verify_names_what_is_damaged(spkfast, tmp_path, recordings):
     assert repr(entry.id) in first and "out: 1 of 24 utterances are damaged" in last
 
 
+def test_verify_stops_telling_at_some_point(spkfast, tmp_path, recordings):
+    spkfast("prepare", "shards", recordings[0], tmp_path / "out")
+    for path in set(read_index(tmp_path / "out").files):
+        with open(path, "r+b") as file:
+            file.write(bytes(os.path.getsize(path)))
+    status, _, err = spkfast("prepare", "shards", tmp_path / "out", "--verify")
+    lines = err.splitlines()
+    assert status == 2 and len(lines) == 22
+    assert lines[20] == "and 4 more" and "24 of 24 utterances are damaged" in lines[21]
+
+
 def test_shards_errors(spkfast, tmp_path, recordings):
     folder, _ = recordings
     out = tmp_path / "out"

@@ -126,6 +126,7 @@ class Augment(nn.Module):
         self.recipe, self.noise, self.rir = recipe, noise, rir
         self.num_samples, self.sample_rate = num_samples, sample_rate
         self.context = max(half_width(speed) for speed in recipe.speeds) if context is None else context
+        self._least = min(source_samples(num_samples, speed) for speed in recipe.speeds) + self.context
         self._places = {} if noise is None else {name: noise.places(name) for name in set(noise.categories)}
         self._longest = int(rir.sizes.max()) if rir else 1
         self._direct = _direct_paths(rir) if rir and any(isinstance(e, Reverb) for e in recipe.effects) else None
@@ -189,8 +190,7 @@ class Augment(nn.Module):
 
     def _check(self, crops: Tensor, speeds: Tensor) -> None:
         """Crops that are of another dataset than this is for."""
-        least = min(source_samples(self.num_samples, speed) for speed in self.recipe.speeds) + self.context
-        if crops.ndim == 2 and crops.shape[1] < least:
+        if crops.ndim == 2 and crops.shape[1] < self._least:
             raise InputError(
                 f"crops of {crops.shape[1]} samples cannot give num_samples={self.num_samples}; "
                 "give the dataset the same number"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -69,6 +72,22 @@ def resolve(op: str, backend: str, *tensors: Tensor) -> str:
     elif torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
         limits = dict.fromkeys(("native", "triton"), f"the kernels of {op} have no gradient")
     return backends.resolve(tensors[0].device, backend, op, limits)
+
+
+def run(
+    op: str, definition: Callable[..., Tensor], backend: str, arguments: tuple[Any, ...], *, inplace: bool
+) -> Tensor:
+    """Runs an op whose first two arguments are the waveforms and a bank; in place with the op ``<op>_``."""
+    waveforms, bank = arguments[:2]
+    if inplace and not waveforms.is_contiguous():
+        raise InputError("waveforms must be contiguous to be changed in place")
+    if resolve(op, backend, waveforms, bank) == "reference":
+        out = definition(*arguments)
+        return waveforms.copy_(out) if inplace else out
+    if inplace:
+        getattr(torch.ops.spkfast, f"{op}_")(*arguments)
+        return cast(Tensor, waveforms)
+    return cast(Tensor, getattr(torch.ops.spkfast, op)(*arguments))
 
 
 def shown(value: object) -> str:

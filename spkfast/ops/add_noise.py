@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from spkfast import reference
 from spkfast.backends import Backend
 from spkfast.errors import InputError
-from spkfast.ops._augmentation import check_inside, check_recordings, check_values, check_waveforms, resolve, shown
+from spkfast.ops._augmentation import check_inside, check_recordings, check_values, check_waveforms, run, shown
 from spkfast.ops._registration import full_precision, register_in_place, register_without_gradient
 
 _definition = full_precision(reference.add_noise)
@@ -75,16 +73,8 @@ def add_noise(
             raise InputError(f"offsets must lie in 0..{last}, recording {k} of row {row} has {got}")
     if 0 in (*shape, waveforms.shape[1]):
         return waveforms if inplace else waveforms.clone()
-    if inplace and not waveforms.is_contiguous():
-        raise InputError("waveforms must be contiguous to be changed in place")
     arguments = (waveforms, noises, begins, sizes, offsets, snr_db, power_floor)
-    if resolve("add_noise", backend, waveforms, noises) == "reference":
-        out = _definition(*arguments)
-        return waveforms.copy_(out) if inplace else out
-    if inplace:
-        torch.ops.spkfast.add_noise_(*arguments)
-        return waveforms
-    return cast(Tensor, torch.ops.spkfast.add_noise(*arguments))
+    return run("add_noise", _definition, backend, arguments, inplace=inplace)
 
 
 def _fake(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from spkfast import reference
 from spkfast.backends import Backend
 from spkfast.errors import InputError
-from spkfast.ops._augmentation import check_inside, check_recordings, check_values, check_waveforms, resolve
+from spkfast.ops._augmentation import check_inside, check_recordings, check_values, check_waveforms, run
 from spkfast.ops._registration import full_precision, register_in_place, register_without_gradient
 
 _definition = full_precision(reference.reverberate)
@@ -67,16 +65,8 @@ def reverberate(
         raise InputError(f"longest must be at least 1, got {longest}")
     if 0 in waveforms.shape:
         return waveforms if inplace else waveforms.clone()
-    if inplace and not waveforms.is_contiguous():
-        raise InputError("waveforms must be contiguous to be changed in place")
     arguments = (waveforms, responses, begins, sizes, gains, longest)
-    if resolve("reverberate", backend, waveforms, responses) == "reference":
-        out = _definition(*arguments)
-        return waveforms.copy_(out) if inplace else out
-    if inplace:
-        torch.ops.spkfast.reverberate_(*arguments)
-        return waveforms
-    return cast(Tensor, torch.ops.spkfast.reverberate(*arguments))
+    return run("reverberate", _definition, backend, arguments, inplace=inplace)
 
 
 def _fake(waveforms: Tensor, responses: Tensor, begins: Tensor, sizes: Tensor, gains: Tensor, longest: int) -> Tensor:

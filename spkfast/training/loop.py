@@ -164,7 +164,7 @@ class Trainer:
         self._settings = {
             **json.loads(json.dumps(flatten(config))),  # as a checkpoint has them
             "contents of the data": _fingerprint(self.corpus, noise, rir),
-            "number of processes": self._accelerator.num_processes,
+            "number of processes": processes,
         }
         self.first_step = checkpoint.load(found[-1], self._settings, FREE_ON_RESUME, self._accelerator) if found else 0
         self._bad = BadUtterances(

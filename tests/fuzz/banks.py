@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from tests.fuzz.fuzz_attentive_stats_pool import same
 
 _SIGNALS = ("noise", "noise", "noise", "impulse", "silence", "constant", "sine", "onset")
 
@@ -70,6 +74,19 @@ def laid_out(rng: np.random.Generator, values: Tensor) -> Tensor:
     if way == 1:
         return torch.stack([values, values], dim=-1)[..., 0]
     return values
+
+
+def assert_same_elsewhere(case: Any, got: Tensor, *, inplace: bool = True) -> None:
+    """Checks that a case gives the very same with more threads, and in place where its op can."""
+    if inplace:
+        changed = case.x.clone(memory_format=torch.contiguous_format)
+        case.run(x=changed, inplace=True)
+        assert same(changed, got), "in place it is another"
+    if case.threads > 1:
+        torch.set_num_threads(case.threads)
+        again = case.run()
+        torch.set_num_threads(1)
+        assert same(again, got), "it depends on the number of threads"
 
 
 def assert_close(got: Tensor, want: np.ndarray, allowed: np.ndarray, what: str) -> int:

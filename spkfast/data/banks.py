@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spkfast.data.audio import audio_files, open_audio, resample, to_int16
-from spkfast.data.threads import in_order
+from spkfast.data.threads import default_workers, in_order
 from spkfast.errors import InputError
 
 # Folders of the MUSAN corpus. Its speech is what babble is made of.
@@ -312,7 +312,7 @@ def _recordings(
         return to_int16(_full_range(samples) if rir else samples), rate
 
     others = used = 0
-    workers = min(8, len(os.sched_getaffinity(0)))
+    workers = default_workers()
     with ThreadPoolExecutor(workers) as pool:
         # No more ahead than there are workers: a file may last for minutes.
         found = in_order(pool, read, paths, ahead=workers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import numpy as np
 from spkfast.data.audio import open_audio
 from spkfast.data.corpus import Corpus, Entry
 from spkfast.data.shards import source_of
-from spkfast.data.threads import in_order
+from spkfast.data.threads import default_workers, in_order
 from spkfast.errors import InputError
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def describe(
     """
     if not silence_db < math.inf:  # NaN is not, either
         raise InputError(f"silence_db must be a level in dBFS, got {silence_db}")
-    workers = min(8, len(os.sched_getaffinity(0))) if workers is None else workers
+    workers = default_workers() if workers is None else workers
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
     if sample is not None and sample < 1:

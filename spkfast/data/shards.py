@@ -22,7 +22,7 @@ import numpy as np
 
 from spkfast.data.audio import open_audio, resample, to_int16
 from spkfast.data.corpus import Corpus, Entry
-from spkfast.data.threads import in_order
+from spkfast.data.threads import default_workers, in_order
 from spkfast.errors import InputError, check_name
 
 FORMATS = ("flac", "opus", "copy")
@@ -107,7 +107,7 @@ def write_shards(
         raise InputError(f"sample_rate must be {known}, got {sample_rate}")
     if seed < 0:
         raise InputError(f"seed must be at least 0, got {seed}")
-    workers = min(8, len(os.sched_getaffinity(0))) if workers is None else workers
+    workers = default_workers() if workers is None else workers
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
     target = Path(folder)

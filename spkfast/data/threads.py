@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,11 @@ from typing import TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+def default_workers() -> int:
+    """Threads that read and decode where nobody says how many: one for each core, eight at most."""
+    return min(8, len(os.sched_getaffinity(0)))
 
 
 def in_order(

@@ -91,7 +91,7 @@ class Trainer:
         from accelerate.utils import set_seed
 
         _check(config)
-        self.config, self._warn = config, warn
+        self.config = config
         self.folder = Path(config.out)
         found = checkpoint.checkpoints(self.folder / "checkpoints")
         if found and not config.resume:

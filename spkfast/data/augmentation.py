@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -68,6 +68,8 @@ class Normalized(NamedTuple):
 
 Step = Mixed | Convolved | Filtered | Scaled | Companded | Normalized
 Plan = list[Step]
+
+_Places = TypeVar("_Places", Mixed, Convolved)
 
 
 class Augment(nn.Module):
@@ -250,12 +252,12 @@ class Augment(nn.Module):
     def _done(self, step: Step, x: Tensor) -> Tensor:
         if isinstance(step, Mixed):
             assert self.noise is not None
-            samples, step = _near(self.noise.samples, step, x)
+            samples, step = _near(self.noise.samples, step, x, self.num_samples, _cut_out)
             return functional.add_noise(x, samples, *step, power_floor=self.recipe.power_floor, inplace=True)
         if isinstance(step, Convolved):
             assert self.rir is not None
             longest = min(self._longest, self.num_samples)
-            samples, step = _rooms_near(self.rir.samples, step, x, longest)
+            samples, step = _near(self.rir.samples, step, x, longest, _rooms_cut_out)
             return functional.reverberate(x, samples, *step, longest=longest, inplace=True)
         values = [value.to(x.device, non_blocking=True) for value in step]
         if isinstance(step, Filtered):
@@ -341,23 +343,18 @@ def _merged(old: Any, new: Any, rows: Tensor) -> Any:
     return type(old)(*values)
 
 
-def _near(samples: Tensor, step: Mixed, x: Tensor) -> tuple[Tensor, Mixed]:
-    """A bank and the step on the device of x; of a bank that does not fit there, the parts that are asked for."""
+def _near(
+    samples: Tensor, step: _Places, x: Tensor, length: int, cut_out: Callable[..., tuple[Tensor, _Places]]
+) -> tuple[Tensor, _Places]:
+    """A bank and a step on the device of x; of a bank that does not fit there, the parts that are asked for."""
     if samples.device != x.device:
-        samples, step = _cut_out(samples, step, x.shape[1], pin_memory=x.device.type == "cuda")
+        samples, step = cut_out(samples, step, length, pin_memory=x.device.type == "cuda")
         samples = samples.to(x.device, non_blocking=True)
-    return samples, Mixed(*(value.to(x.device, non_blocking=True) for value in step))
-
-
-def _rooms_near(samples: Tensor, step: Convolved, x: Tensor, longest: int) -> tuple[Tensor, Convolved]:
-    """The same of impulse responses, as far as they reach."""
-    if samples.device != x.device:
-        samples, step = _rooms_cut_out(samples, step, longest, pin_memory=x.device.type == "cuda")
-        samples = samples.to(x.device, non_blocking=True)
-    return samples, Convolved(*(value.to(x.device, non_blocking=True) for value in step))
+    return samples, type(step)(*(value.to(x.device, non_blocking=True) for value in step))
 
 
 def _rooms_cut_out(samples: Tensor, step: Convolved, longest: int, *, pin_memory: bool) -> tuple[Tensor, Convolved]:
+    """The responses of a bank that a step takes, as far as they reach, and the step for them."""
     sizes = step.sizes.clamp_max(longest)
     begins = sizes.cumsum(0) - sizes
     parts = torch.empty(int(sizes.sum()), dtype=samples.dtype, pin_memory=pin_memory)

@@ -8,6 +8,7 @@ import scipy.signal
 import torch
 
 from spkfast import functional
+from spkfast.data import augmentation
 from spkfast.data.augmentation import (
     Augment,
     AugmentedFbank,
@@ -369,6 +370,18 @@ def test_rooms_cut_out_of_a_bank_give_the_same():
     expected = functional.reverberate(x, RIR.samples, *room, longest=SAMPLES)
     assert torch.equal(functional.reverberate(x, cut, *step, longest=SAMPLES), expected)
     assert len(cut) < len(RIR.samples) * 16
+
+
+@pytest.mark.parametrize(("bank", "kind", "cut_out"), [(NOISE, Mixed, _cut_out), (RIR, Convolved, _rooms_cut_out)])
+def test_parts_go_to_the_device_of_the_crops(bank, kind, cut_out):
+    plan = Augment(recipe("espnet"), NOISE, RIR, num_samples=SAMPLES).draw(_keys(16))
+    step = next(step for step in plan if isinstance(step, kind))
+    expected, _ = cut_out(bank.samples, step, SAMPLES, pin_memory=False)
+    samples, moved = augmentation._near(bank.samples, step, torch.empty(16, SAMPLES, device="meta"), SAMPLES, cut_out)
+    assert samples.shape == expected.shape and isinstance(moved, kind)
+    assert {value.device.type for value in (samples, *moved)} == {"meta"}
+    same, kept = augmentation._near(bank.samples, step, torch.empty(16, SAMPLES), SAMPLES, cut_out)
+    assert same is bank.samples and all(torch.equal(a, b) for a, b in zip(kept, step, strict=True))
 
 
 def test_banks_of_the_wrong_kind_are_none():

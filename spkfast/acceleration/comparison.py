@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from spkfast.acceleration.layer import DROPOUTS, NORMS, Plan, Unknown, look
+from spkfast.acceleration.layer import DROPOUTS, Plan, Unknown, look
+from spkfast.nn.inference import NORMS
+from spkfast.nn.sync_batch_norm import SyncBatchNorm
 
 # Frames of the inputs. A power of two, since speechbrain's pooling divides by it in float32 whatever its input is.
 _FRAMES = 16
@@ -58,7 +60,7 @@ class _Twin:
         self._module = copy.deepcopy(module, memo).to("cpu", torch.float64).requires_grad_()
         for part in self._module.modules():
             for name, child in part.named_children():
-                if isinstance(child, nn.SyncBatchNorm):  # would wait for its peers
+                if isinstance(child, nn.SyncBatchNorm | SyncBatchNorm):  # would wait for its peers
                     part._modules[name] = nn.BatchNorm1d(child.num_features, child.eps, child.momentum)
         self._module.double()
         self._generator = torch.Generator().manual_seed(0)

@@ -15,12 +15,11 @@ from torch.nn import functional as F
 
 from spkfast.acceleration.network import Network
 from spkfast.nn import poolings
-from spkfast.nn.inference import InferenceLayer, autocast_type, inference_params
+from spkfast.nn.inference import NORMS, InferenceLayer, autocast_type, inference_params
 from spkfast.nn.se_res2net import SERes2NetBlock, TdnnLayer, real_frames
 from spkfast.ops.tdnn_layer import pack_tdnn_layer, run_packed_layer
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d)
-NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 _SETTINGS = ("precision", "input_ranges")
 # What a convolution computes by beside its tensors, and look() tells.
 _NUMBERS = ("dilation", "groups", "padding", "padding_mode", "stride")

@@ -9,9 +9,10 @@ from typing import cast
 from torch import nn
 
 from spkfast.acceleration.comparison import compared
-from spkfast.acceleration.layer import DROPOUTS, NORMS, TITLES, Plan, Unknown, accelerated_class, look
+from spkfast.acceleration.layer import DROPOUTS, TITLES, Plan, Unknown, accelerated_class, look
 from spkfast.acceleration.network import networks
 from spkfast.nn import poolings
+from spkfast.nn.inference import NORMS
 
 # Leaves without weights. What they compute is not asked: the arithmetic of the whole layer is compared.
 _PLAIN = (nn.AdaptiveAvgPool1d, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Softmax, nn.Tanh)

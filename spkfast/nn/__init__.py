@@ -9,6 +9,7 @@ from spkfast.nn.pooling import AttentiveStatsPool
 from spkfast.nn.se_res2net import SERes2NetBlock, TdnnLayer
 from spkfast.nn.sharded_margin_softmax import ShardedMarginSoftmaxLoss
 from spkfast.nn.spec_augment import SpecAugment
+from spkfast.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "AttentiveStatsPool",
@@ -18,6 +19,7 @@ __all__ = [
     "SERes2NetBlock",
     "ShardedMarginSoftmaxLoss",
     "SpecAugment",
+    "SyncBatchNorm",
     "TdnnLayer",
     "calibrate",
     "input_ranges",

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spkfast import backends
 from spkfast.errors import InputError, check_name
+from spkfast.nn.sync_batch_norm import SyncBatchNorm
 from spkfast.nn.training import Kernels
 from spkfast.ops._packing import PRECISIONS, Range, checked_range
 from spkfast.reference import Precision, TdnnParams
@@ -38,11 +39,12 @@ _FORWARDS = frozenset(
         nn.Linear.forward,
         nn.BatchNorm1d.forward,
         nn.SyncBatchNorm.forward,
+        SyncBatchNorm.forward,
         nn.ModuleList.forward,
     )
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, SyncBatchNorm)
 _OF_TYPE: Mapping[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -340,7 +342,7 @@ def inference_params(layer: nn.Module, bn: nn.Module | None = None) -> TdnnParam
     bias = cast("Tensor | None", layer.bias)
     if bn is None:
         return TdnnParams(weight, bias)
-    assert isinstance(bn, _NORMS) and bn.running_var is not None and bn.running_mean is not None
+    assert isinstance(bn, NORMS) and bn.running_var is not None and bn.running_mean is not None
     scale = (bn.running_var.double() + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * bn.weight
@@ -352,7 +354,7 @@ def inference_params(layer: nn.Module, bn: nn.Module | None = None) -> TdnnParam
 
 def has_inference_form(bn: nn.Module | None) -> bool:
     """Whether a batch norm is an affine map in evaluation mode."""
-    return bn is None or (isinstance(bn, _NORMS) and bn.running_var is not None)
+    return bn is None or (isinstance(bn, NORMS) and bn.running_var is not None)
 
 
 def set_precision(module: nn.Module, precision: Precision) -> nn.Module:

@@ -131,7 +131,7 @@ def coefficients(bn: Any, moments: RowMoments | None, frames: int) -> tuple[Tens
     """Factor and offset of each channel, shape (1, N), float32; the running statistics follow as in torch.
 
     Args:
-        bn: Batch norm; of ``SyncBatchNorm`` the statistics are those of the batches of all processes.
+        bn: Batch norm; of one that has a process group the statistics are those of the batches of all its processes.
         moments: Of each row of the batch; None for the running statistics.
         frames: Frames of each row.
     """
@@ -141,7 +141,7 @@ def coefficients(bn: Any, moments: RowMoments | None, frames: int) -> tuple[Tens
         mean = moments.mean.mean(dim=0)
         var = (moments.var + (moments.mean - mean).square()).mean(dim=0)
         values: Any = moments.mean.shape[0] * frames
-        if isinstance(bn, nn.SyncBatchNorm) and bn.training and _is_distributed():
+        if hasattr(bn, "process_group") and bn.training and is_distributed():
             mean, var, values = _of_all_processes(mean, var, values, bn.process_group)
         _follow(bn, mean.detach(), var.detach(), values)
     scale = (var + bn.eps).rsqrt()
@@ -166,7 +166,8 @@ def _follow(bn: Any, mean: Tensor, var: Tensor, values: Any) -> None:
         bn.running_var.lerp_((var * (values / (values - 1))).to(bn.running_var.dtype), share)
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether this is one of several processes, or of one that is set up as such."""
     return distributed.is_available() and distributed.is_initialized()
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from spkfast.nn import SERes2NetBlock
+import spkfast
+from spkfast.errors import InputError
+from spkfast.nn import SERes2NetBlock, SyncBatchNorm
 from spkfast.nn.se_res2net import TdnnLayer
 from tests import processes
 
@@ -31,7 +33,33 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "half frozen": lambda: half_frozen(SERes2NetBlock(OUTPUTS, scale=2, in_channels=CHANNELS)),
     "network": lambda: nn.Sequential(TdnnLayer(CHANNELS, OUTPUTS, 3), SERes2NetBlock(OUTPUTS, scale=4)),
 }
+# With batch norm that no kernel takes, where torch's class refuses on a CPU.
+WHOLE = {
+    "bare": lambda: nn.Sequential(nn.Conv1d(CHANNELS, OUTPUTS, 1), nn.BatchNorm1d(OUTPUTS)),
+    "whole network": lambda: Features(
+        spkfast.models.create(
+            "ecapa_tdnn", feature_dim=CHANNELS, channels=16, mfa_channels=24, embedding_dim=OUTPUTS,
+            attention_channels=8, se_channels=4, scale=4, dialect="speechbrain",
+        )
+    ),
+}  # fmt: skip
+NETS |= WHOLE
+CONVERT: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "own": SyncBatchNorm.convert,
+}
 Found = dict[str, Tensor]
+
+
+class Features(nn.Module):
+    """A network that takes (B, C, T) and gives (B, E, 1)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.transpose(1, 2).contiguous())[..., None]
 
 
 def with_norms(net: nn.Module, momentum: float | None) -> nn.Module:
@@ -80,19 +108,22 @@ def trained(net: nn.Module, x: Tensor, slope: Tensor) -> Found:
 
 
 def work(rank: int, folder: Path) -> None:
-    """One of two processes: a file of what it found for each network and share."""
+    """One of two processes: a file of what it found for each network, share and class of batch norm."""
     for name in NETS:
         for shares in SHARES:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(made(name))
-            x, slope = (value.split(shares)[rank] for value in inputs(sum(shares)))
-            with torch.autograd.profiler.profile() as profile:
-                found = trained(net, x, slope)
-            kernels = FORWARD & {event.name for event in profile.function_events}
-            torch.save((found, bool(kernels)), _file(folder, name, shares, rank))
+            for kind, convert in CONVERT.items():
+                if kind == "torch" and name in WHOLE:
+                    continue
+                net = convert(made(name))
+                x, slope = (value.split(shares)[rank] for value in inputs(sum(shares)))
+                with torch.autograd.profiler.profile() as profile:
+                    found = trained(net, x, slope)
+                kernels = FORWARD & {event.name for event in profile.function_events}
+                torch.save((found, bool(kernels)), _file(folder, name, shares, kind, rank))
 
 
-def _file(folder: Path, name: str, shares: tuple[int, int], rank: int) -> Path:
-    return folder / f"{name} {shares[0]} {shares[1]} {rank}.pt"
+def _file(folder: Path, name: str, shares: tuple[int, int], kind: str, rank: int) -> Path:
+    return folder / f"{name} {shares[0]} {shares[1]} {kind} {rank}.pt"
 
 
 @pytest.fixture(scope="module")
@@ -104,18 +135,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("shares", SHARES, ids=str)
-@pytest.mark.parametrize("name", NETS)
-def test_two_processes_are_one(name: str, shares: tuple[int, int], results: Path) -> None:
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in NETS for k in CONVERT if k == "own" or n not in WHOLE])
+def test_two_processes_are_one(name: str, kind: str, shares: tuple[int, int], results: Path) -> None:
     parts = []
     for rank in range(2):
-        found, on_kernels = torch.load(_file(results, name, shares, rank))
-        assert on_kernels
+        found, on_kernels = torch.load(_file(results, name, shares, kind, rank))
+        assert on_kernels or name == "bare"
         parts.append(found)
     x, slope = inputs(sum(shares))
     exact = trained(made(name).double(), x.double(), slope.double())
     plain = trained(made(name), x, slope)
-    alone = trained(copy.deepcopy(made(name)).double(), x[: shares[0]].double(), slope[: shares[0]].double())
+    alone = trained(made(name).double(), x[shares[0] :].double(), slope[shares[0] :].double())
     assert exact.keys() == parts[0].keys() == parts[1].keys()
+    squares = torch.zeros(2, dtype=torch.float64)
     for key, want in exact.items():
         if key in ("output", "gradient of x"):
             got = torch.cat([part[key] for part in parts])
@@ -127,20 +159,56 @@ def test_two_processes_are_one(name: str, shares: tuple[int, int], results: Path
         if not want.is_floating_point():
             assert torch.equal(got, want), key
             continue
+        if name == "whole network" and key.startswith("gradient of net"):
+            # Deep in a network the error of one small tensor is a matter of luck: all together.
+            squares += torch.stack([(value - want).square().sum() for value in (got, plain[key])])
+            continue
         # As large as the error of one process, which has the same kernels.
         scale = float(want.abs().amax())
         bound = 4 * max(float((plain[key] - want).abs().amax()), 2.0**-22 * scale)
         error = float((got - want).abs().amax())
         assert error <= bound, f"{key}: error {error:.3g} exceeds {bound:.3g}"
         if key == "output":  # the part alone would be another
-            assert float((alone[key] - want[: shares[0]]).abs().amax()) > 100 * bound
+            assert float((alone[key] - want[shares[0] :]).abs().amax()) > 100 * bound
+    assert squares[0] <= 4**2 * squares[1]
 
 
-def test_one_process_needs_no_group() -> None:
-    net = made("layer")
+@pytest.mark.parametrize("kind", CONVERT)
+@pytest.mark.parametrize("name", ["layer", "bare"])
+def test_one_process_needs_no_group(name: str, kind: str) -> None:
+    if kind == "torch" and name == "bare":
+        pytest.skip("torch's class refuses tensors of a CPU")
+    net = made(name)
     x, slope = inputs(4)
-    other = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
+    other = CONVERT[kind](copy.deepcopy(net))
     got, want = trained(other, x, slope), trained(net, x, slope)
     assert got.keys() == want.keys()
     for key, value in want.items():
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_takes_the_place_of_batch_norm_with_the_same_tensors() -> None:
+    net = made("whole network")
+    state = {name: value.data_ptr() for name, value in net.state_dict().items()}
+    net.net.encoder.stem.bn.eval().requires_grad_(False)
+    assert SyncBatchNorm.convert(net) is net
+    norms = [part for part in net.modules() if isinstance(part, SyncBatchNorm)]
+    assert norms and not any(isinstance(part, nn.BatchNorm1d | nn.SyncBatchNorm) for part in net.modules())
+    assert {name: value.data_ptr() for name, value in net.state_dict().items()} == state
+    first = net.net.encoder.stem.bn
+    assert not first.training and not first.weight.requires_grad and norms[-1].training
+    assert isinstance(SyncBatchNorm.convert(nn.BatchNorm1d(3)), SyncBatchNorm)
+
+
+def test_evaluates_on_the_kernels_of_inference() -> None:
+    net = made("whole network").net.eval()
+    other = SyncBatchNorm.convert(copy.deepcopy(net))
+    x = inputs(2)[0].transpose(1, 2).contiguous()
+    with torch.inference_mode():
+        assert torch.equal(net(x), other(x))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5)], ids=str)
+def test_says_what_it_takes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"input must have shape \(B, C\) or \(B, C, T\), got"):
+        SyncBatchNorm(3)(torch.zeros(shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,6 +54,14 @@ class Strings(Sequence[str]):
         index = range(len(self))[index]
         begin = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._bytes[begin : int(self._ends[index])].tobytes())
+
+    def select(self, chosen: np.ndarray) -> Strings:
+        """Those where a mask, bool (len(self),), is true."""
+        lengths = np.diff(self._ends, prepend=0)
+        part = copy.copy(self)
+        part._ends = np.cumsum(lengths[chosen], dtype=np.int64)
+        part._bytes = self._bytes[np.repeat(chosen, lengths)]
+        return part
 
 
 class Corpus:
@@ -119,6 +128,27 @@ class Corpus:
             int(self.sizes[index]),
         )
 
+    def select(self, chosen: np.ndarray) -> Corpus:
+        """Some of the utterances, in their order, with the speakers and files of these alone.
+
+        Args:
+            chosen: Which, bool, shape (U,).
+
+        Raises:
+            InputError: If none is chosen.
+        """
+        if not chosen.any():
+            raise InputError(f"{self.name}: none of its utterances is chosen")
+        part = copy.copy(self)
+        for name in ("starts", "seconds", "offsets", "sizes"):
+            setattr(part, name, getattr(self, name)[chosen])
+        part.ids = self.ids.select(chosen)
+        there, part.labels = _renumbered(self.labels[chosen], len(self.speakers))
+        part.speakers = [speaker for speaker, is_there in zip(self.speakers, there, strict=True) if is_there]
+        there, part.file_of = _renumbered(self.file_of[chosen], len(self.files))
+        part.files = self.files.select(there)
+        return part
+
     @property
     def fingerprint(self) -> str:
         """Hex digest of speakers, ids and segments, wherever the audio lies: what a resumed run must find again."""
@@ -128,3 +158,10 @@ class Corpus:
                 f"{entry.speaker}\0{entry.id}\0{entry.start!r}\0{entry.seconds!r}\n".encode(errors="surrogateescape")
             )
         return digest.hexdigest()[:16]
+
+
+def _renumbered(places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of ``size`` places occur, and the place of each among those; in linear time, unlike by sorting."""
+    there = np.zeros(size, dtype=bool)
+    there[places] = True
+    return there, (np.cumsum(there) - 1)[places]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from spkfast.data.audio import audio_files
 from spkfast.data.lists import Trial, Utterance, speaker_of, trial_paths
+from spkfast.data.trials import draw_trials
 from spkfast.errors import InputError
 
 
@@ -46,7 +46,7 @@ def split(
 ) -> tuple[list[Utterance], list[Trial]]:
     """Training utterances, and trials among speakers that are not in them.
 
-    Targets pair two sessions of a speaker where there are two; as many non-targets pair two speakers.
+    The trials are those of :func:`spkfast.data.trials.draw_trials`.
 
     Args:
         utterances: All utterances.
@@ -62,25 +62,12 @@ def split(
         raise InputError(f"{len(speakers)} speakers do not leave 2 for training and {test_speakers} for trials")
     rng = np.random.default_rng(seed)
     held = sorted(rng.permutation(speakers)[:test_speakers].tolist())
-    of: dict[str, list[str]] = {speaker: [] for speaker in held}
+    of: dict[str, dict[str, str]] = {speaker: {} for speaker in held}
     for utterance in utterances:
         if utterance.speaker in of:
-            of[utterance.speaker].append(utterance.path)
-    targets = []
-    for paths in of.values():
-        pairs = list(itertools.combinations(paths, 2))
-        across = [(a, b) for a, b in pairs if Path(a).parts[1] != Path(b).parts[1]]
-        targets += [Trial(True, *pair) for pair in _draw(across or pairs, trials_per_speaker, rng)]
-    if not targets:
-        raise InputError("no test speaker has two utterances, so there is no same-speaker trial")
-    # Drawn one by one: all pairs of a large corpus would not fit in memory.
-    counts = [len(paths) for paths in of.values()]
-    possible = (sum(counts) ** 2 - sum(count**2 for count in counts)) // 2
-    nontargets: dict[tuple[str, str], None] = {}
-    while len(nontargets) < min(len(targets), possible):
-        one, other = sorted(rng.choice(len(held), 2, replace=False).tolist())
-        nontargets[str(rng.choice(of[held[one]])), str(rng.choice(of[held[other]]))] = None
-    return [u for u in utterances if u.speaker not in of], targets + [Trial(False, *pair) for pair in nontargets]
+            of[utterance.speaker][utterance.path] = utterance.path
+    trials = draw_trials(of, rng, per_speaker=trials_per_speaker)
+    return [u for u in utterances if u.speaker not in of], trials
 
 
 def write_lists(folder: str | os.PathLike[str], train: list[Utterance], trials: list[Trial]) -> tuple[Path, Path]:
@@ -113,9 +100,3 @@ def check_disjoint(train: list[Utterance], trials: list[Trial]) -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
-
-
-def _draw(pairs: list[tuple[str, str]], most: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    if len(pairs) <= most:
-        return pairs
-    return [pairs[i] for i in sorted(rng.choice(len(pairs), most, replace=False))]

@@ -163,7 +163,7 @@ def _form_of_file(file: str) -> Callable[..., tuple[str, _Rows]]:
         raise InputError(f"{file}: is one file of a Kaldi directory; give the directory")
     if suffix == ".tar":
         return _read_shards
-    first = next((line for _, line in _lines(file)), "")
+    first = next((line for _, line in numbered_lines(file)), "")
     header = _header(first)
     if {"shard", "member"} <= set(header):
         return _read_shards
@@ -180,7 +180,7 @@ def _form_of_file(file: str) -> Callable[..., tuple[str, _Rows]]:
     return _read_list
 
 
-def _lines(file: str) -> Iterator[tuple[int, str]]:
+def numbered_lines(file: str) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, each with its number and without its end."""
     try:
         with open(file, "rb") as beginning:
@@ -224,7 +224,7 @@ def _read_list(name: str, base: str, warn: Warn, alone: bool) -> tuple[str, _Row
 
     def rows() -> _Rows:
         place = _Place(file)
-        for place.line, line in _lines(file):
+        for place.line, line in numbered_lines(file):
             fields = line.split()
             with place:
                 if len(fields) != 2 and not (alone and len(fields) == 1):
@@ -429,7 +429,7 @@ def _delimiter(line: str) -> str:
 
 def _read_table(name: str, base: str, warn: Warn, alone: bool) -> tuple[str, _Rows]:
     def rows() -> _Rows:
-        lines = _lines(name)
+        lines = numbered_lines(name)
         first = next(lines, None)
         if first is None:
             return
@@ -479,7 +479,7 @@ def _read_json(name: str, base: str, warn: Warn, alone: bool) -> tuple[str, _Row
 
     def rows() -> _Rows:
         place = _Place(name)
-        for place.line, line in _lines(name):
+        for place.line, line in numbered_lines(name):
             with place:
                 read = entry(line)
             yield place.line, read
@@ -544,7 +544,7 @@ def _pairs(file: str, form: str, repeats: bool = False) -> dict[str, tuple[int, 
         InputError: If a line has one column, or a key comes twice.
     """
     found: dict[str, tuple[int, str]] = {}
-    for number, line in _lines(file):
+    for number, line in numbered_lines(file):
         fields = line.split(None, 1)
         if len(fields) != 2:
             raise InputError(f"{file}:{number}: expected 2 columns '{form}', got 1")
@@ -621,7 +621,7 @@ def _kaldi_speakers(folder: str) -> tuple[dict[str, tuple[int, str]], str]:
     if not os.path.isfile(by_speaker):
         return told or {}, by_utterance
     listed: dict[str, tuple[int, str]] = {}
-    for line, text in _lines(by_speaker):
+    for line, text in numbered_lines(by_speaker):
         speaker, *utterances = text.split()
         if not utterances:
             raise InputError(f"{by_speaker}:{line}: empty speaker: {speaker!r} has no utterances; take the line out")

@@ -167,7 +167,7 @@ class CropDataset(Dataset[Crop]):
         """Samples (W,), how many of the utterance there are from the first context on, and a note."""
         needed, half = self._needed[which], self._halves[which]
         with open_audio(source_of(entry)) as audio:
-            begin, count = _segment(entry, audio.frames, audio.sample_rate)
+            begin, count = segment(entry, audio.frames, audio.sample_rate)
             total = count * self._rate // audio.sample_rate
             if total < 1:
                 raise InputError(f"{entry.path}: utterance {entry.id!r} holds no samples")
@@ -310,7 +310,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _segment(entry: Entry, frames: int, sample_rate: int) -> tuple[int, int]:
+def segment(entry: Entry, frames: int, sample_rate: int) -> tuple[int, int]:
     """First sample of an utterance in its audio, and how many it has."""
     seconds, end = frames / sample_rate, entry.start + entry.seconds
     if not 0 <= entry.start < seconds:

@@ -1,4 +1,4 @@
-"""Trains ``configs/real_speech.yaml`` on a folder of real speech with several seeds and records time and EER.
+"""Trains ``configs/mini.yaml`` on a folder of real speech with several seeds and records time and EER.
 
     python -m benchmarks.accuracy.real_speech --data FOLDER --out RESULT.json [--seeds 0 1 2] [--fixture FOLDER]
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 
-CONFIG = Path(__file__).parents[2] / "configs" / "real_speech.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "mini.yaml"
 
 
 def main() -> None:

@@ -9,10 +9,12 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from collections.abc import Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from spkfast.errors import InputError, nearest
+from spkfast.training.log import finite
+from spkfast.training.meter import duration
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,29 +127,54 @@ def progress(iterable: Iterable[Item], total: int | None = None, description: st
             yield item
 
 
-@contextlib.contextmanager
-def meter(description: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Shows how far long work is, with its rate and the remaining time, on standard error.
+class Update(Protocol):
+    """Tells a :func:`meter` how far the work is."""
 
-    A bar where that is a terminal, otherwise a line every 30 seconds. Gives the function to call with the number done
-    and the total (None where unknown).
+    def __call__(self, done: int, total: int | None, note: str = "") -> None:
+        """Takes the number done, the total (None where unknown), and what to show in place of the rate."""
+
+
+@contextlib.contextmanager
+def meter(description: str, start: int = 0) -> Iterator[Update]:
+    """Shows how far long work is, with its rate or a note and the remaining time, on standard error.
+
+    A bar where that is a terminal, otherwise a line every 30 seconds.
+
+    Args:
+        description: What is done.
+        start: How much of it was done before: it took none of the time that passes.
     """
     if sys.stderr.isatty() and _has_rich():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            Task,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.text import Text
 
-        rate = TextColumn("{task.fields[rate]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+        class Note(ProgressColumn):
+            """Cut short, as the bar is, where the terminal is narrow: the numbers beside them stay."""
+
+            def render(self, task: Task) -> Text:
+                return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), Note(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(description, total=None, rate="")
+            task = bar.add_task(description, total=None, completed=start, note="")
             started = time.monotonic()
 
-            def update(done: int, total: int | None) -> None:
-                bar.update(task, completed=done, total=total, rate=_rate(done, time.monotonic() - started))
+            def update(done: int, total: int | None, note: str = "") -> None:
+                shown = note or _rate(done - start, time.monotonic() - started)
+                bar.update(task, completed=done, total=total, note=shown)
 
             yield update
     else:
-        yield _line_meter(description)
+        yield _line_meter(description, start)
 
 
 def embed_all(
@@ -184,7 +211,7 @@ def print_result(result: dict[str, Any], as_json: bool, shown: dict[str, Any] | 
         shown: What people see instead of ``result``.
     """
     if as_json:
-        print(json.dumps(_finite(result), indent=2))
+        print(json.dumps(finite(result), indent=2))
         return
     if sys.stdout.isatty() and _has_rich():
         _print_rich(shown or result)
@@ -205,12 +232,9 @@ def rates(result: TrialResult) -> dict[str, Any]:
 
 def shown_rates(row: dict[str, Any]) -> dict[str, str]:
     """The same for people."""
-    low, high = row["eer_low_percent"], row["eer_high_percent"]
-    return {
-        "EER %": f"{row['eer_percent']:.2f}",
-        "95 % interval": "-" if low is None else f"{low:.2f} to {high:.2f}",
-        "minDCF (p 0.01)": f"{row['min_dcf']:.4f}",
-    }
+    from spkfast.evaluation import report
+
+    return report.shown_rates(row)
 
 
 def _positive(text: str) -> float:
@@ -223,18 +247,20 @@ def _positive(text: str) -> float:
     return value
 
 
-def _line_meter(description: str) -> Callable[[int, int | None], None]:
+def _line_meter(description: str, start: int) -> Update:
     started = told = time.monotonic()
 
-    def update(done: int, total: int | None) -> None:
+    def update(done: int, total: int | None, note: str = "") -> None:
         nonlocal told
         now = time.monotonic()
         if now - told < _SECONDS_BETWEEN_LINES:
             return
         told = now
         of = f"/{total}" if total else ""
-        remaining = f", {(now - started) / done * (total - done):.0f} s left" if total and done else ""
-        print(f"{description}: {done}{of}, {_rate(done, now - started)}{remaining}", file=sys.stderr, flush=True)
+        new = done - start
+        remaining = f", {duration((now - started) / new * (total - done))} left" if total and new else ""
+        shown = note or _rate(new, now - started)
+        print(f"{description}: {done}{of}, {shown}{remaining}", file=sys.stderr, flush=True)
 
     return update
 
@@ -245,15 +271,6 @@ def _rate(done: int, seconds: float) -> str:
 
 def _has_rich() -> bool:
     return importlib.util.find_spec("rich") is not None
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(value: Any) -> str:

@@ -134,7 +134,7 @@ def _train(config: TrainConfig) -> tuple[SpeakerEncoder, SpeakerEncoder, list[st
 
     shutil.rmtree(config.out, ignore_errors=True)  # an earlier demo
     trainer = Trainer(config, warn=_say)
-    for _ in progress(trainer.run(), config.steps, "training"):
+    for _ in progress(trainer.run(), trainer.steps, "training"):
         pass
     torch.manual_seed(config.seed)
     spec = trainer.encoder.frontend

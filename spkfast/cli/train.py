@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from spkfast.cli.common import print_result, progress
+from spkfast.cli.common import meter, print_result, shown_rates
 from spkfast.errors import InputError, nearest
-from spkfast.training.config import TrainConfig, flatten
+from spkfast.training.config import TrainConfig, fine_tuned, flatten
+
+if TYPE_CHECKING:
+    from spkfast.training.loop import Progress, Trainer
+
+_FINE_TUNING = "fine_tuning"
 
 HELP = "train a speaker network, or resume a run that was cut off"
 
@@ -17,28 +24,96 @@ HELP = "train a speaker network, or resume a run that was cut off"
 def main(argv: list[str]) -> None:
     """Runs ``spkfast train``."""
     config, as_json = parse(argv)
+    runs = [config, *([second] if (second := fine_tuned(config)) else [])]
+    results = []
+    for number, run in enumerate(runs, start=1):
+        if len(runs) > 1 and (Path(run.out) / "model").is_dir() and run.resume and number < len(runs):
+            continue  # the first run has ended
+        results.append(_train(run))
+    _leave_group()
+    if results[-1] is None:  # one of several processes
+        return
+    result = results[-1]
+    shown = dict(result)
+    if "lists" in result:
+        shown["lists"] = [{"trials": name, **shown_rates(row)} for name, row in result["lists"].items()]
+    print_result(result, as_json, shown)
 
+
+def _leave_group() -> None:
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _train(config: TrainConfig) -> dict[str, Any] | None:
+    """Trains to the end; what came of it, in the main process."""
+    from spkfast.training.log import read_log
     from spkfast.training.loop import Trainer
 
-    trainer = Trainer(config, warn=lambda message: print(message, file=sys.stderr))
+    trainer = Trainer(config, warn=_say)
     if config.resume and trainer.is_main_process:
         found = f"going on after step {trainer.first_step}" if trainer.first_step else "no checkpoint there yet"
-        print(f"{trainer.folder}: {found}", file=sys.stderr)
-    steps = trainer.run()
-    if trainer.is_main_process:
-        steps = progress(steps, config.steps - trainer.first_step, "training")
-    last = None
-    for step in steps:
-        last = step
+        _say(f"{trainer.folder}: {found}")
+    last = follow(trainer)
     if not trainer.is_main_process:
-        return
+        return None
     bad = len(trainer.bad_files)
     if bad:
-        print(f"{bad} of {len(trainer.dataset)} files skipped", file=sys.stderr)
-    result: dict[str, Any] = {"model": str(trainer.folder / "model"), "steps": config.steps}
-    if last is not None:
-        result |= {"loss": last.loss, "accuracy": last.accuracy, "crops_per_second": last.crops_per_second}
-    print_result({**result, "files_skipped": bad}, as_json)
+        _say(f"{bad} of {len(trainer.dataset)} files skipped")
+    result: dict[str, Any] = {
+        "model": str(trainer.folder / "model"),
+        "steps": last.step if last else trainer.first_step,
+    }
+    for entry in read_log(trainer.folder)[-1:]:
+        result |= {name: entry[name] for name in ("loss", "accuracy", "crops_per_second")}
+    result |= {"files_skipped": bad, **_validated(trainer.folder, config.validation.take)}
+    report = trainer.folder / "report.html"
+    return result | ({"report": str(report)} if report.is_file() else {})
+
+
+def follow(trainer: Trainer) -> Progress | None:
+    """Trains to the end, the main process showing how far it is; the last step, None where none was left to do."""
+    shown = meter("training", trainer.first_step) if trainer.is_main_process else contextlib.nullcontext()
+    last = None
+    with shown as update:
+        for step in trainer.run():
+            last = step
+            if update is not None:
+                update(step.step, step.steps, _note(step))
+    return last
+
+
+def _note(progress: Progress) -> str:
+    parts = [f"loss {progress.loss:.3f}"]
+    if progress.eer_percent is not None:
+        parts.append(f"EER {progress.eer_percent:.2f} %")
+    if progress.crops_per_second > 0:  # not in the first steps, before it was measured
+        parts += [
+            f"{progress.crops_per_second:.0f} utt/s",
+            f"loader wait {100 * progress.loader_wait:.0f} %",
+            f"device busy {100 * progress.device_busy:.0f} %",
+        ]
+    return ", ".join(parts)
+
+
+def _validated(folder: Path, take: str) -> dict[str, Any]:
+    """Error rates of the model that was taken, and the place of the best one; nothing where there was no validation."""
+    from spkfast.training.log import VALIDATION, read_log
+    from spkfast.training.report import best_validation
+
+    validations = read_log(folder, VALIDATION)
+    best = best_validation(validations)
+    if best is None:
+        return {}
+    taken = best if take == "best" else validations[-1]
+    path = folder / "best" / f"step_{best['step']:08d}"
+    return {"lists": taken["lists"], **({"best": str(path)} if path.is_dir() else {})}
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def parse(argv: list[str]) -> tuple[TrainConfig, bool]:
@@ -71,13 +146,69 @@ def parse(argv: list[str]) -> tuple[TrainConfig, bool]:
             _check_file(Path(value or next(iter(argv[position + 1 :]), "")), known)
         elif option.startswith("--") and not _is_known(option[2:], [*known, "help", "print_config"]):
             raise InputError(f"unknown option {option}{nearest(option, ['--' + key for key in known])}")
+    argv, differing = _split(argv)
     try:
         config = parser.instantiate(parser.parse_args(argv))
+        run = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
+        if run.fine_tuning is not None or differing:
+            run.fine_tuning = _fine_tuning(parser, [run.fine_tuning or {}, differing], known)
     except jsonargparse.ArgumentError as error:
         raise InputError(" ".join(str(error).split())) from error
-    return TrainConfig(
-        **{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
-    ), as_json
+    return run, as_json
+
+
+def _split(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The options of the run, and by dotted name the values of those of its fine-tuning."""
+    import yaml
+
+    prefix = f"--{_FINE_TUNING}."
+    rest: list[str] = []
+    differing: dict[str, Any] = {}
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith(prefix):
+            rest.append(argument)
+            continue
+        option, is_given, value = argument.partition("=")
+        try:
+            differing[option.removeprefix(prefix)] = yaml.safe_load(value if is_given else next(arguments))
+        except StopIteration:
+            raise InputError(f"{option}: expected a value") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{option}: not a YAML value ({' '.join(str(error).split())})") from error
+    return rest, differing
+
+
+def _fine_tuning(parser: Any, given: list[dict[str, Any]], known: list[str]) -> dict[str, Any]:
+    """What differs in the fine-tuning, nested and of the types that a run has: an error would show after days only."""
+    import jsonargparse
+
+    nested: dict[str, Any] = {}
+    for values in given:
+        _merge(nested, values)
+    names = _checked(nested, known, f"{_FINE_TUNING}.")
+    try:
+        typed = parser.parse_object(nested)
+    except jsonargparse.ArgumentError as error:
+        raise InputError(f"{_FINE_TUNING}: {' '.join(str(error).split())}") from error
+    result: dict[str, Any] = {}
+    _merge(result, {name: typed[name] for name in (name.removeprefix(f"{_FINE_TUNING}.") for name in names)})
+    return result
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Puts values, whose names may be dotted, into nested dictionaries, over those that are there."""
+    for name, value in values.items():
+        *sections, key = str(name).split(".")
+        inner = into
+        for section in [*sections, *([key] if isinstance(value, dict) else [])]:
+            if not isinstance(inner.get(section), dict):
+                inner[section] = {}
+            inner = inner[section]
+        if isinstance(value, dict):
+            _merge(inner, value)
+        else:
+            inner[key] = value
 
 
 def _check_file(path: Path, known: list[str]) -> None:
@@ -92,29 +223,57 @@ def _check_file(path: Path, known: list[str]) -> None:
         raise InputError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold keys and values, found {type(content).__name__}")
-    for key in _flat(content, known):
-        if not _is_known(key, known):
-            raise InputError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    try:
+        _checked(content, known)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
-def _flat(content: dict[str, Any], known: list[str], prefix: str = "") -> list[str]:
-    keys: list[str] = []
+def _checked(content: Mapping[str, Any], known: list[str], prefix: str = "") -> list[str]:
+    """Dotted names of all that nested settings set.
+
+    Raises:
+        InputError: If one is unknown, or a section holds something else than keys and values.
+    """
+    leaves = flatten(TrainConfig())
+    names = []
     for key, value in content.items():
         name = f"{prefix}{key}"
-        is_section = any(other.startswith(name + ".") for other in known)
-        keys += _flat(value, known, name + ".") if is_section and isinstance(value, dict) else [name]
-    return keys
+        if not _is_known(name, known):
+            raise InputError(f"unknown key {name!r}{nearest(name, known)}")
+        if isinstance(value, Mapping) and any(other.startswith(f"{name}.") for other in known):
+            names += _checked(value, known, f"{name}.")
+        elif name.removeprefix(f"{_FINE_TUNING}.") in leaves or name not in known:
+            names.append(name)
+        else:
+            raise InputError(f"{name} must hold keys and values, got {value!r}")
+    return names
 
 
 def _keys() -> list[str]:
-    """Dotted names of all fields, sections included."""
+    """Dotted names of all fields, sections included, those of the fine-tuning too."""
     leaves = list(flatten(TrainConfig()))
-    return [*leaves, *dict.fromkeys(leaf.rpartition(".")[0] for leaf in leaves if "." in leaf)]
+    keys = [*leaves, *dict.fromkeys(leaf.rpartition(".")[0] for leaf in leaves if "." in leaf)]
+    return [*keys, *(f"{_FINE_TUNING}.{key}" for key in keys if key != _FINE_TUNING)]
 
 
 def _is_known(key: str, known: list[str]) -> bool:
-    # What may stand in these two is for the model and the front-end to say.
-    return key in known or key.startswith(("model.options.", "frontend.options."))
+    # What may stand in a dictionary is for the model, the front-end and so on to say.
+    return key in known or key.startswith(tuple(f"{name}." for name in _dictionaries()))
+
+
+def _dictionaries() -> list[str]:
+    """Dotted names of the fields that hold keywords of something else, those of the fine-tuning too."""
+    names = [name for name in _dictionaries_of(TrainConfig) if name != _FINE_TUNING]
+    return [*names, *(f"{_FINE_TUNING}.{name}" for name in names)]
+
+
+def _dictionaries_of(config: Any, prefix: str = "") -> Iterator[str]:
+    for name, kind in get_type_hints(config).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _dictionaries_of(kind, f"{prefix}{name}.")
+        elif any(get_origin(part) is dict for part in (kind, *get_args(kind))):
+            yield prefix + name
 
 
 def _take(argv: list[str], flag: str) -> bool:

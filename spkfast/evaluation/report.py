@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that needs nothing else, neither network nor folder."""
+"""The report of an evaluation or a training run: one HTML file that needs nothing else, neither network nor folder."""
 
 from __future__ import annotations
 
@@ -40,10 +40,15 @@ th, td { padding: .6rem 1rem; text-align: right; border-bottom: 1px solid var(--
 th:first-child, td:first-child { text-align: left; font-weight: 600; }
 thead th { color: var(--soft); font-size: .85rem; font-weight: 500; white-space: normal; vertical-align: bottom; }
 tbody tr:last-child > * { border-bottom: 0; }
+details .table { margin-top: .75rem; }
+summary { cursor: pointer; font-weight: 600; margin-top: 2.25rem; }
+details td { text-align: left; white-space: normal; overflow-wrap: anywhere; padding: .3rem 1rem; }
 .figures { columns: 2 24rem; column-gap: 1rem; }
 figure { margin: 0 0 1rem; padding: 1rem; break-inside: avoid; }
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 img { display: block; width: 100%; height: auto; border-radius: .25rem; }
+/* White becomes nearly the colour of the card, hues stay. */
+@media (prefers-color-scheme: dark) { img { filter: invert(.88) hue-rotate(180deg); } }
 """
 
 
@@ -54,7 +59,9 @@ def write_report(
     notes: Sequence[str] = (),
     summary: Mapping[str, Any] | None = None,
     table: Sequence[Mapping[str, Any]] = (),
+    table_title: str = "Accuracy and speed",
     figures: Mapping[str, Figure] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a report; text is escaped, figures are embedded, so the file can be sent by itself.
 
@@ -65,7 +72,9 @@ def write_report(
         summary: Key figures by name.
         table: One mapping per row, from column to value. The columns stand in the order in which rows first name them;
             where a row lacks one, or has None there, a dash stands. Numbers are rounded to four digits, text is kept.
+        table_title: Heading of the table.
         figures: Matplotlib figures by caption.
+        settings: Whatever else a reader may look up, by name; folded until asked for.
 
     Returns:
         The file.
@@ -83,10 +92,13 @@ def write_report(
         items = "".join(f"<div><dt>{escape(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in summary.items())
         parts.append(f'<dl class="summary">{items}</dl>')
     if table:
-        parts.append(f"<h2>Accuracy and speed</h2>{_table(table)}")
+        parts.append(f"<h2>{escape(table_title)}</h2>{_table(table)}")
     if figures:
         images = "".join(_image(caption, figure) for caption, figure in figures.items())
         parts.append(f'<h2>Figures</h2><div class="figures">{images}</div>')
+    if settings:
+        rows = [{"setting": name, "value": value} for name, value in settings.items()]
+        parts.append(f"<details><summary>Settings</summary>{_table(rows)}</details>")
     body = "\n".join(parts)
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -99,6 +111,20 @@ def write_report(
     partial.write_text(page, encoding="utf-8")
     partial.replace(target)
     return target
+
+
+def shown_rates(row: Mapping[str, Any]) -> dict[str, str]:
+    """Error rate with its interval, and detection cost, as every table shows them.
+
+    Args:
+        row: ``eer_percent``, ``eer_low_percent``, ``eer_high_percent`` and ``min_dcf``; a dash stands for None.
+    """
+    rate, low, high, cost = (row[name] for name in ("eer_percent", "eer_low_percent", "eer_high_percent", "min_dcf"))
+    return {
+        "EER %": "-" if rate is None else f"{rate:.2f}",
+        "95 % interval": "-" if low is None or high is None else f"{low:.2f} to {high:.2f}",
+        "minDCF (p 0.01)": "-" if cost is None else f"{cost:.4f}",
+    }
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

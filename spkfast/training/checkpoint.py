@@ -8,31 +8,68 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spkfast.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_STATE, _RUN = "state.pt", "run.json"
 
 
-def save(folder: Path, step: int, config: dict[str, Any], keep: int, accelerator: Any) -> None:
-    """Write ``folder/step_<step>`` with the accelerator's whole state; keep the newest ``keep``, at least 1."""
+def save(
+    folder: Path, step: int, state: dict[str, Any], own: dict[str, Any], settings: dict[str, Any], keep: int,
+    accelerator: Any,
+) -> str:  # fmt: skip
+    """Write ``folder/step_<step>``; keep the newest ``keep``, at least 1. All processes call it.
+
+    A disk that is full leaves the earlier checkpoints as they are.
+
+    Args:
+        folder: Holds the checkpoints.
+        step: Steps done.
+        state: What all processes have alike, as plain values and tensors; the main process writes it.
+        own: What each process has for itself.
+        settings: What a resumed run must have alike.
+        keep: How many are kept.
+        accelerator: Tells the processes apart.
+
+    Returns:
+        Why it could not be written, in all processes; empty where it was.
+    """
+    from accelerate.utils import gather_object
+
     final = folder / f"step_{step:08d}"
     partial = folder / f".partial_{step:08d}"
+    error = ""
+    try:
+        if accelerator.is_main_process:
+            _clear(folder)
+            partial.mkdir(parents=True)
+    except OSError as reason:
+        error = _told(reason)
+    accelerator.wait_for_everyone()
+    try:
+        if not error:
+            _write(partial / _own(accelerator), own)
+            if accelerator.is_main_process:
+                _write(partial / _STATE, state)
+                run = {"format_version": FORMAT_VERSION, "step": step, "config": settings}
+                with open(partial / _RUN, "w", encoding="utf-8") as file:
+                    json.dump(run, file)
+                    _flush(file)
+    except (OSError, RuntimeError) as reason:
+        error = _told(reason)
+    errors = [found for found in gather_object([error]) if found]
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if errors:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            _remove(final)
+            os.replace(partial, final)
+            for old in checkpoints(folder)[:-keep]:
+                _remove(old)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    (partial / "run.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, "config": config}))
-    for file in partial.iterdir():  # on disk before the name that promises a whole checkpoint
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    return errors[0] if errors else ""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -40,27 +77,91 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-def load(path: Path, config: dict[str, Any], free: frozenset[str], accelerator: Any) -> int:
-    """Restore the accelerator's state and return the step to go on with.
+def load(
+    path: Path, settings: dict[str, Any], free: frozenset[str], accelerator: Any
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The step to go on with, what all processes have alike, and what this one has for itself.
 
     Raises:
-        InputError: If the checkpoint is damaged, of another format version, or of a run with other settings.
+        InputError: If the checkpoint is damaged, of another format version, or of a run with other settings, all of
+            which the message names.
     """
     try:
-        run = json.loads((path / "run.json").read_text())
-        version, step, theirs = run["format_version"], run["step"], run["config"]
+        run = json.loads((path / _RUN).read_text(encoding="utf-8"))
+        version, step, theirs = run["format_version"], int(run["step"]), dict(run["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a whole checkpoint ({error})") from error
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: checkpoint format version {version}, this spkfast reads version {FORMAT_VERSION}")
-    for key in sorted(set(config) | set(theirs)):
-        if key not in free and config.get(key) != theirs.get(key):
-            raise InputError(
-                f"{path}: was trained with {key}={theirs.get(key)!r}, the config has {config.get(key)!r}; "
-                "resume with the same settings or choose another folder"
-            )
+    differing = [
+        f"{key}={theirs.get(key)!r}, the config has {settings.get(key)!r}"
+        for key in sorted(set(settings) | set(theirs))
+        if key not in free and settings.get(key) != theirs.get(key)
+    ]
+    if differing:
+        raise InputError(
+            f"{path}: was trained with {'; with '.join(differing)}; resume with the same settings or choose another "
+            "folder"
+        )
     try:
-        accelerator.load_state(str(path))
-    except Exception as error:  # whatever the readers of three file formats raise for a damaged file
-        raise InputError(f"{path}: cannot be restored ({' '.join(str(error).split())[:200]})") from error
-    return int(step)
+        state, own = (
+            torch.load(path / name, map_location="cpu", weights_only=True) for name in (_STATE, _own(accelerator))
+        )
+    except Exception as error:  # whatever torch's reader raises for a damaged file
+        raise InputError(f"{path}: cannot be restored ({_told(error)})") from error
+    return step, state, own
+
+
+def _own(accelerator: Any) -> str:
+    return f"process_{accelerator.process_index:05d}.pt"
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    """On disk before the name that promises a whole checkpoint."""
+    with open(path, "wb") as file:
+        writer: Any = _Writer(file)
+        try:
+            torch.save(value, writer)
+        except RuntimeError as error:  # which torch makes of any error of the disk
+            raise writer.error or error from error
+        _flush(file)
+
+
+class _Writer:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.flush = file.flush
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return int(self._file.write(data))
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    """Renamed first: what is half removed must not look like a checkpoint."""
+    if path.exists():
+        removed = path.with_name(f".removed_{path.name}")
+        os.replace(path, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a run that was killed has left."""
+    for pattern in (".partial_*", ".removed_*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, Literal
+
+# A length or a point of a run: steps, or words such as "6 epochs" or "30 %" of the run.
+Span = int | str
 
 
 @dataclasses.dataclass
@@ -97,8 +101,9 @@ class LossConfig:
         label_smoothing: Share of the loss that goes to all speakers alike.
         easy_margin: Apply the margin only where the target cosine is positive.
         fallback: Penalty past ``pi - margin``.
-        margin_start: Fraction of the run after which the margin starts to grow from 0.
-        margin_end: Fraction of the run from which the final margin holds.
+        margin_start: Point of the run from which the margin grows from 0 (a span: steps, ``N epochs`` or ``N %``).
+        margin_end: Point of the run from which the final margin holds.
+        margin_growth: ``linear``, or ``exponential``: wespeaker's, which is close to the final margin early.
     """
 
     kind: Literal["softmax", "am", "aam", "sphereface2"] = "aam"
@@ -110,31 +115,103 @@ class LossConfig:
     label_smoothing: float = 0.0
     easy_margin: bool = False
     fallback: Literal["linear", "continuous"] = "continuous"
-    margin_start: float = 0.0
-    margin_end: float = 0.3
+    margin_start: Span = 0
+    margin_end: Span = "30 %"
+    margin_growth: Literal["linear", "exponential"] = "linear"
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """Optimiser and learning-rate schedule: linear warm-up, then cosine decay.
+    """Optimiser.
 
     Args:
-        name: ``sgd`` (Nesterov momentum) or ``adamw``.
+        name: ``sgd`` (Nesterov momentum), ``adam`` or ``adamw``.
         lr: Highest learning rate.
-        final_lr: Learning rate at the end of the run.
-        warmup_steps: Steps of linear warm-up from 0.
+        lr_batch_size: Crops per step, over all processes, that ``lr`` and ``schedule.final_lr`` are meant for: with
+            another number both are scaled in proportion. None takes them as they are.
         momentum: Momentum of ``sgd``.
-        weight_decay: Weight decay of all parameters with two or more axes.
+        betas: Of ``adam`` and ``adamw``.
+        weight_decay: Weight decay; of ``sgd`` and ``adam`` it is part of the gradient, of ``adamw`` not.
+        decay_all: Decay biases and the scales of batch norm too, as most toolkits do, not only what has two axes or
+            more.
         clip_grad_norm: Upper bound on the norm of the gradient; 0 switches clipping off.
     """
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.1
-    final_lr: float = 1e-4
-    warmup_steps: int = 100
+    lr_batch_size: int | None = None
     momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
+    decay_all: bool = False
     clip_grad_norm: float = 5.0
+
+
+@dataclasses.dataclass
+class ScheduleConfig:
+    """Learning rate over the run. Spans are steps, ``N epochs`` or ``N %`` of the run.
+
+    Args:
+        name: ``cosine``, ``exponential``, ``cosine_restarts``, ``cyclic`` (a triangle in each cycle), ``step`` or
+            ``constant``; docs/training.md has the formulas.
+        final_lr: Lowest learning rate, at the end of the run or of a cycle; not of ``step`` and ``constant``.
+        warmup: Span over which the learning rate grows, linearly, at the start and, of ``cosine_restarts``, of each
+            cycle.
+        warmup_lr: Where that begins.
+        cycle: Span of a cycle of ``cosine_restarts`` and ``cyclic``.
+        cycle_decay: Factor on the highest learning rate from one cycle to the next.
+        every: Span after which ``step`` multiplies the learning rate.
+        factor: By this.
+    """
+
+    name: Literal["cosine", "exponential", "cosine_restarts", "cyclic", "step", "constant"] = "cosine"
+    final_lr: float = 1e-4
+    warmup: Span = "5 %"
+    warmup_lr: float = 0.0
+    cycle: Span = "10 epochs"
+    cycle_decay: float = 1.0
+    every: Span = "1 epochs"
+    factor: float = 0.97
+
+
+@dataclasses.dataclass
+class AveragingConfig:
+    """Which weights are validated and saved in place of the last ones.
+
+    Args:
+        name: ``none``; ``ema``, an exponential moving average over the steps; ``last``, the mean of the last
+            ``snapshots``, taken ``every`` span, up to the end of the run.
+        decay: Share that the average keeps at each step of ``ema``; less at the start, ``(1 + step) / (10 + step)``.
+        snapshots: How many of ``last``.
+        every: Span between them.
+    """
+
+    name: Literal["none", "ema", "last"] = "none"
+    decay: float = 0.999
+    snapshots: int = 10
+    every: Span = "1 epochs"
+
+
+@dataclasses.dataclass
+class ValidationConfig:
+    """Error rate during the run, on trial lists, on speakers held out of the training data, or both.
+
+    Args:
+        trials: Trial lists.
+        root: Folder that their paths start from; each list's own where left out.
+        held_out: File that lists speakers of the corpus, one a line, or how many are drawn (by ``seed``): these are
+            not trained on, and trials among them are the list ``held_out``.
+        every: Span between validations; one is always made at the end.
+        keep: How many models are kept in ``best``, those of the lowest mean error rate over the lists.
+        take: Which model becomes ``model``: the ``best`` one or the ``last``.
+    """
+
+    trials: list[str] = dataclasses.field(default_factory=list)
+    root: str | None = None
+    held_out: int | str = 0
+    every: Span = "5 %"
+    keep: int = 3
+    take: Literal["best", "last"] = "last"
 
 
 @dataclasses.dataclass
@@ -142,19 +219,29 @@ class TrainConfig:
     """A training run.
 
     Args:
-        out: Folder for checkpoints, logs and, at the end, ``model/``.
+        out: Folder for checkpoints, logs, a report and, at the end, ``model/``.
         model: The network.
         frontend: The front-end.
         data: Training data.
         loss: Training objective.
-        optimizer: Optimiser and schedule.
-        steps: Training steps.
-        batch_size: Crops per step and process.
-        precision: ``fp32``, or ``bf16`` for automatic mixed precision of the network.
+        optimizer: Optimiser.
+        schedule: Learning rate over the run.
+        averaging: Which weights are validated and saved.
+        validation: Error rate during the run.
+        steps: Length of the run: steps, or ``N epochs`` of the training data.
+        batch_size: Crops of a process that go through the network together.
+        accumulate: Batches whose gradients make up a step.
+        precision: ``fp32``, or mixed precision of the network: ``bf16``, or ``fp16`` with scaled gradients.
+        sync_batch_norm: Batch norm takes the statistics of all processes' batches, not of each by itself.
         seed: Seed of everything random.
+        init_from: Run whose network and speakers training starts from, in place of random weights; of its copies of
+            speakers at other speeds those that this run does not train on are dropped.
+        fine_tuning: Keys of this config that differ in a second run, which starts from the first and is written to
+            ``out/fine_tuning``; as large-margin fine-tuning has longer crops and a larger margin. None for no such run.
         checkpoint_minutes: Minutes between checkpoints; one is always written at the end.
         keep_checkpoints: Checkpoints kept, the newest ones.
         log_steps: Steps between entries of the log.
+        wandb: Project of Weights & Biases to which the log goes too; None for none.
         resume: Go on from the newest checkpoint in ``out``; without it such a folder is refused.
     """
 
@@ -164,13 +251,21 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    steps: int = 10000
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    averaging: AveragingConfig = dataclasses.field(default_factory=AveragingConfig)
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    steps: Span = 10000
     batch_size: int = 64
-    precision: Literal["fp32", "bf16"] = "fp32"
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    sync_batch_norm: bool = False
     seed: int = 0
+    init_from: str | None = None
+    fine_tuning: dict[str, Any] | None = None
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
     log_steps: int = 20
+    wandb: str | None = None
     resume: bool = False
 
 
@@ -178,8 +273,32 @@ class TrainConfig:
 # (what the data hold is compared by fingerprint).
 FREE_ON_RESUME = frozenset(
     {"out", "checkpoint_minutes", "keep_checkpoints", "resume", "data.root", "data.train_list", "data.speakers",
-     "data.noise", "data.rir", "data.workers", "data.max_unreadable", "data.strict"}
+     "data.noise", "data.rir", "data.workers", "data.max_unreadable", "data.strict", "validation.trials",
+     "validation.root", "validation.held_out", "init_from", "fine_tuning", "wandb"}
 )  # fmt: skip
+
+
+def fine_tuned(config: TrainConfig) -> TrainConfig | None:
+    """The second run of a config: with what differs in it, from the first one's model, in a folder within; or None.
+
+    Raises:
+        TypeError: If ``fine_tuning`` has a key that the config has not.
+    """
+    if config.fine_tuning is None:
+        return None
+    changed: TrainConfig = _changed(config, config.fine_tuning)
+    out = os.path.join(config.out, "fine_tuning")
+    return dataclasses.replace(changed, out=out, init_from=config.out, fine_tuning=None)
+
+
+def _changed(value: Any, changes: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{name: _changed(getattr(value, name, None), new) for name, new in changes.items()}
+        )
+    if isinstance(value, dict) and isinstance(changes, dict):
+        return value | {name: _changed(value.get(name), new) for name, new in changes.items()}
+    return changes
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

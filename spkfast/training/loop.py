@@ -2,69 +2,78 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import contextlib
+import importlib.util
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spkfast import models
-from spkfast.data import samplers
-from spkfast.data.augmentation import Augment, AugmentedFbank
-from spkfast.data.banks import CATEGORIES, Bank
-from spkfast.data.corpus import Corpus
-from spkfast.data.manifests import read_corpus
-from spkfast.data.reading import BadUtterances, Batch, CropDataset, Loader
-from spkfast.data.recipes import Recipe, recipe
-from spkfast.data.samplers import StepSampler
-from spkfast.errors import InputError, check_options
+from spkfast.data.reading import Batch
+from spkfast.errors import InputError
 from spkfast.frontends import frontend
-from spkfast.inference import SpeakerEncoder
-from spkfast.nn import Fbank, SpecAugment
-from spkfast.nn.margin_softmax import MarginSoftmaxLoss
-from spkfast.ops.margin_softmax_loss import MarginStats, check_form
-from spkfast.reference import MarginForm
-from spkfast.training import checkpoint, schedule
-from spkfast.training.config import FREE_ON_RESUME, DataConfig, LossConfig, OptimizerConfig, TrainConfig, flatten
+from spkfast.inference import SpeakerEncoder, Threshold
+from spkfast.nn import SyncBatchNorm
+from spkfast.training import averaging, checkpoint, optimizers, schedule, task
+from spkfast.training.best import Best
+from spkfast.training.config import FREE_ON_RESUME, TrainConfig, flatten
+from spkfast.training.inputs import LEAST_ROWS, Inputs
+from spkfast.training.log import VALIDATION, RunLog, read_log
+from spkfast.training.meter import Meter, Rates
+from spkfast.training.report import CONFIG, write_training_report
+from spkfast.training.task import Classes, SpeakerTask
+from spkfast.training.validation import HELD_OUT, ListResult, Validation, mean_eer
 
-# Smallest sensible values. Batch norm needs two rows to have a variance.
+__all__ = ["Progress", "Trainer", "read_log"]
+
+# Smallest sensible values.
 _LEAST = {
-    "steps": 1, "batch_size": 2, "log_steps": 1, "seed": 0, "keep_checkpoints": 1, "checkpoint_minutes": 0,
-    "data.workers": 0, "data.max_unreadable": 0, "optimizer.lr": 0, "optimizer.final_lr": 0,
-    "optimizer.warmup_steps": 0, "optimizer.momentum": 0, "optimizer.weight_decay": 0, "optimizer.clip_grad_norm": 0,
-    "loss.margin": 0, "loss.margin_start": 0,
+    "batch_size": LEAST_ROWS, "accumulate": 1, "log_steps": 1, "seed": 0, "keep_checkpoints": 1,
+    "checkpoint_minutes": 0, "data.workers": 0, "data.max_unreadable": 0, "optimizer.lr": 0,
+    "optimizer.clip_grad_norm": 0, "loss.margin": 0, "validation.keep": 0,
 }  # fmt: skip
 _MOST = {"seed": 2**32 - 1, "data.crop_seconds": 600, "loss.margin": 1.5}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Steps in a row that fp16 may skip: the factor on the gradients, halved each time, is far below 1 then.
+_MOST_SKIPPED = 40
 
 
 class Progress(NamedTuple):
-    """What the loop reports after each step."""
+    """What the loop reports of each step, one step late.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps of the run.
+        loss: Of the batch.
+        accuracy: Share of its crops nearest to their own speaker.
+        crops_per_second: Over all processes, since the last entry of the log but one, as what follows.
+        loader_wait: Share of the time spent waiting for a batch.
+        device_busy: Share of the time in which the device was at work.
+        eer_percent: Of the last validation, mean over the lists; None before it.
+    """
 
     step: int
     steps: int
     loss: float
     accuracy: float
     crops_per_second: float
+    loader_wait: float
+    device_busy: float
+    eer_percent: float | None
 
 
-class SpeakerTask(nn.Module):
-    """Network and head as one module, so that mixed precision and data parallelism wrap both."""
+class _Launched(NamedTuple):
+    """A step whose numbers are yet to be read: reading them waits for the device."""
 
-    def __init__(self, net: nn.Module, head: MarginSoftmaxLoss) -> None:
-        super().__init__()
-        self.net = net
-        self.head = head
-
-    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, MarginStats]:
-        """Features (B, T, M) and labels (B,) to loss and statistics."""
-        loss, stats = self.head(self.net(features), target, return_stats=True)
-        return loss, stats
+    done: int
+    batch: Batch
+    numbers: Tensor  # loss, accuracy, target cosine, norm of the gradient
 
 
 class Trainer:
@@ -77,10 +86,10 @@ class Trainer:
         warn: Called with a line for each utterance that cannot be read, and for what else there is to say of the data.
 
     Attributes:
-        encoder: The network that is trained, with its front-end.
+        folder: Where everything is written.
         first_step: Steps that were already done.
-        corpus: The utterances.
-        dataset: Their crops.
+        steps: Steps of the run.
+        dataset: Crops of the training data.
 
     Raises:
         InputError: If the config, a list or a checkpoint cannot be used.
@@ -91,7 +100,7 @@ class Trainer:
         from accelerate.utils import set_seed
 
         _check(config)
-        self.config = config
+        self._config, self._warn = config, warn
         self.folder = Path(config.out)
         found = checkpoint.checkpoints(self.folder / "checkpoints")
         if found and not config.resume:
@@ -99,153 +108,295 @@ class Trainer:
                 f"{self.folder}: holds checkpoints of an earlier run; resume it with --resume or choose another --out"
             )
         self._spec = frontend(config.frontend.preset, **config.frontend.options)
-        if config.data.crop_seconds * self._spec.sample_rate < self._spec.frame_length:
-            raise InputError(f"data.crop_seconds={config.data.crop_seconds} is shorter than one frame")
-        data = config.data
-        self.corpus = read_corpus(data.train_list, root=data.root, speakers=data.speakers, warn=warn)
-        if len(self.corpus.speakers) < 2:
-            raise InputError(f"{data.train_list}: one speaker alone cannot be told from others; at least 2 needed")
-        made = _recipe(data)
-        noise, rir = (
-            None if folder is None else Bank.from_folder(folder, self._spec.sample_rate, warn, rir=is_rir)
-            for folder, is_rir in ((data.noise, False), (data.rir, True))
-        )
-        num_samples = round(data.crop_seconds * self._spec.sample_rate)
-        self.dataset = CropDataset(
-            self.corpus,
-            num_samples=num_samples,
-            sample_rate=self._spec.sample_rate,
-            speeds=made.speeds,
-            seed=config.seed,
-        )
-        self._accelerator = Accelerator(
+        self._accelerator = accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # else several processes without a GPU would not find one another
-            log_with="tensorboard",
+            log_with=["tensorboard", *(["wandb"] if config.wandb else [])],
             project_dir=str(self.folder),
         )
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        inputs = Inputs(config, self._spec, device=accelerator.device, rank=rank, world_size=processes, warn=warn)
+        self._inputs, self.dataset, self.steps = inputs, inputs.dataset, inputs.length.steps
+        validation = config.validation
+        self._validation = self._best = None
+        if validation.trials or inputs.held:
+            self._validation = Validation(
+                validation, inputs.held, sample_rate=self._spec.sample_rate, seed=config.seed, warn=warn,
+                frame_length=self._spec.frame_length,
+            )  # fmt: skip
+            self._validation.check_disjoint(inputs.corpus)
+            self._best = Best(self.folder / "best", validation.keep) if validation.keep else None
+        elif validation.take == "best":
+            raise InputError("validation.take=best needs validation.trials or validation.held_out")
+        self._validate_every = max(1, inputs.length.span(validation.every, "validation.every"))
+        lr, final_lr = (
+            optimizers.scaled(config.optimizer, value, inputs.crops_per_step)
+            for value in (config.optimizer.lr, config.schedule.final_lr)
+        )
+        self._lr = schedule.learning_rate(config.schedule, lr, final_lr, inputs.length)
+        self._margin = schedule.margin(config.loss, inputs.length)
+
         set_seed(config.seed)
-        device = self._accelerator.device
-        augment = Augment(
-            made,
-            noise.to(device, warn) if noise else None,
-            rir.to(device, warn) if rir else None,
-            num_samples=num_samples,
-            sample_rate=self._spec.sample_rate,
-            context=self.dataset.context,
-            warn=warn,
-        )
-        masks = None if data.augment.spec_augment is None else _spec_augment(data.augment.spec_augment)
-        self._features = AugmentedFbank(augment, Fbank(self._spec, spec_augment=masks, validate=False)).to(device)
-        processes = self._accelerator.num_processes
-        options = data.sampler_options
-        for name in ("batch_size", "seed"):
-            if name in options:
-                raise InputError(f"data.sampler_options: {name} is a setting of the run, give --{name}")
-        if data.sampler == "length_buckets":  # batch norm needs two rows to have a variance
-            options = {"row_multiple": _LEAST["batch_size"] * processes, **options}
-        sampler = samplers.create(
-            data.sampler, self.corpus, batch_size=config.batch_size * processes, seed=config.seed, **options
-        )
-        self._sampler = StepSampler(
-            sampler,
-            config.steps,
-            rank=self._accelerator.process_index,
-            world_size=processes,
-        )
-        try:
-            net = models.create(config.model.name, **{"feature_dim": self._spec.output_size, **config.model.options})
-        except InputError:
-            raise
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"model.options: {error}") from error
-        head = MarginSoftmaxLoss(net.embedding_dim, self.dataset.num_classes, **_form(config.loss)._asdict())
-        self._task = SpeakerTask(net, head)
-        self._wrapped, self._optimizer = self._accelerator.prepare(self._task, _optimizer(self._task, config.optimizer))
+        self._classes = Classes(inputs.corpus.speakers, inputs.speeds)
+        self._task = task.build(config.model, config.loss, self._spec, self._classes)
+        if config.init_from is not None and not found:
+            taken = task.start_from(self._task, config.init_from, config.loss, self._spec, self._classes)
+            if self.is_main_process:
+                warn(f"starts from {taken}")
+        if config.sync_batch_norm:
+            SyncBatchNorm.convert(self._task.net)
+        self._wrapped = accelerator.prepare(self._task)
+        self._optimizer = optimizers.create(self._task, config.optimizer)
+        self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
+        self._average = averaging.create(config.averaging, self._task, inputs.length)
         self._settings = {
             **json.loads(json.dumps(flatten(config))),  # as a checkpoint has them
-            "contents of the data": _fingerprint(self.corpus, noise, rir),
+            "contents of the data": inputs.fingerprint,
+            "contents of the trials": self._validation.fingerprint if self._validation else "",
             "number of processes": processes,
         }
-        self.first_step = checkpoint.load(found[-1], self._settings, FREE_ON_RESUME, self._accelerator) if found else 0
-        self._bad = BadUtterances(
-            len(self.corpus),
-            share=0.0 if data.strict else data.max_unreadable,
-            least=0 if data.strict else 10,
-            warn=warn,
-        )
-        self.encoder = SpeakerEncoder(net, self._spec)
+        self._results: dict[str, ListResult] = {}
+        self._skipped = 0
+        self.first_step = self._restore(found[-1]) if found else 0
 
     @property
     def bad_files(self) -> list[str]:
         """What was wrong with each utterance that was passed over."""
-        return list(self._bad.messages.values())
+        return list(self._inputs.bad.messages.values())
 
     @property
     def is_main_process(self) -> bool:
         """Whether this is the one of several processes that writes files and speaks."""
         return bool(self._accelerator.is_main_process)
 
+    @property
+    def encoder(self) -> SpeakerEncoder:
+        """The network as it is validated and saved, with its front-end; in evaluation mode."""
+        return SpeakerEncoder(self._trained.net, self._spec)
+
+    @property
+    def _trained(self) -> SpeakerTask:
+        """What comes of the run: the weights as they are, or their average."""
+        return self._task if self._average is None else cast(SpeakerTask, self._average.net)
+
     def run(self) -> Iterator[Progress]:
-        """Trains, one item after each step.
+        """Trains, one item for each step.
 
         Raises:
-            InputError: If the loss is not finite, or a file cannot be read under ``data.strict``.
+            InputError: If the loss is not finite, or files cannot be read.
         """
-        config, accelerator = self.config, self._accelerator
-        accelerator.init_trackers("tensorboard")
-        log = _Log(self.folder / "log.jsonl", self.first_step) if self.is_main_process else None
-        self._wrapped.train()
-        started = saved = time.monotonic()
-        self._sampler.load_state_dict({"step": self.first_step})
-        batches = Loader(self.dataset, self._sampler, config.data.workers, account=self._bad)
-        rows = 0
-        for step, batch in enumerate(batches, start=self.first_step):
-            rows += len(batch.labels)
-            entry = self._step(step, batch)
-            done = step + 1
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(entry[name]):
-                    raise InputError(
-                        f"{self.folder}: the {name} became {entry[name]} at step {done}; "
-                        "lower optimizer.lr or optimizer.clip_grad_norm"
-                    )
-            entry["crops_per_second"] = rows * accelerator.num_processes / (time.monotonic() - started)
-            if done % config.log_steps == 0 or done == config.steps:
+        config, accelerator, inputs = self._config, self._accelerator, self._inputs
+        self._begin()
+        log, validations = (
+            RunLog(self.folder / name, self.first_step, self._warn) if self.is_main_process else None
+            for name in ("log.jsonl", VALIDATION)
+        )
+        meter = Meter(accelerator.device)
+        rates = Rates(0.0, 0.0, 0.0, 0.0)
+        window = _Window()
+        saved = time.monotonic()
+        before: _Launched | None = None
+        batches = iter(inputs.batches())
+        for done in itertools.count(self.first_step + 1):
+            with meter.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            meter.begin()
+            launched = self._launch(done, batch)
+            if self._average is not None:
+                self._average.update(done)
+            meter.end(len(batch.labels) * accelerator.num_processes)
+            # The numbers of the step before are read while the device is at this one.
+            due = done % config.log_steps == 0 or done == self.steps
+            validate = self._validation is not None and (done % self._validate_every == 0 or done == self.steps)
+            for one in (before, launched if due or validate else None):
+                if one is not None:
+                    values = self._read(one)
+                    window.add(values)
+                    eer = mean_eer(self._results) if self._results else None
+                    yield Progress(one.done, self.steps, values[0], values[1], *rates[:3], eer)
+            before = None if due or validate else launched
+            if due:
+                rates = meter.read()
+                entry = {
+                    **window.read(accelerator), "lr": self._lr(done - 1), "margin": self._margin(done - 1),
+                    **rates._asdict(),
+                }  # fmt: skip
+                entry.pop("seconds")
                 accelerator.log(entry, step=done)
-                if log:
+                if log is not None:
                     log.write(done, entry)
-            if done == config.steps or self._agreed(time.monotonic() - saved > 60 * config.checkpoint_minutes):
-                folder = self.folder / "checkpoints"
-                checkpoint.save(folder, done, self._settings, config.keep_checkpoints, accelerator)
-                saved = time.monotonic()
-            yield Progress(done, config.steps, entry["loss"], entry["accuracy"], entry["crops_per_second"])
+            with meter.paused():
+                if validate:
+                    self._validate(done, validations)
+                minutes = (time.monotonic() - saved) / 60
+                if due and self._agreed(minutes >= config.checkpoint_minutes or done == self.steps):
+                    self._save(done)
+                    saved = time.monotonic()
         self._finish()
 
-    def _step(self, step: int, batch: Batch) -> dict[str, float]:
-        config, accelerator = self.config, self._accelerator
-        rate = schedule.learning_rate(step, config.steps, config.optimizer)
+    def _begin(self) -> None:
+        config, accelerator = self._config, self._accelerator
+        project = config.wandb or "tensorboard"
+        accelerator.init_trackers(project, init_kwargs={"wandb": {"dir": str(self.folder)}} if config.wandb else {})
+        if self.is_main_process:
+            corpus = self._inputs.corpus
+            found = {
+                "steps": self.steps,
+                "utterances": len(corpus),
+                "speakers": len(corpus.speakers),
+                "held_out_speakers": self._inputs.held.speakers if self._inputs.held else [],
+                "classes": len(self._classes.names),
+                "parameters": sum(value.numel() for value in self._task.net.parameters()),
+                "crops_per_step": self._inputs.crops_per_step,
+                "processes": accelerator.num_processes,
+                "device": str(accelerator.device),
+            }
+            (self.folder / CONFIG).write_text(json.dumps({**self._settings, "run": found}, indent=1) + "\n")
+            if self._best is not None:  # of later steps, or of a run that was cut off before its first checkpoint
+                self._best.drop_after(self.first_step)
+        self._wrapped.train()
+
+    def _launch(self, done: int, batch: Batch) -> _Launched:
+        """A step of the optimiser, from crops to changed weights."""
+        config, accelerator = self._config, self._accelerator
+        rate = self._lr(done - 1)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._task.head.margin = schedule.margin(step, config.steps, config.loss)
-        with torch.no_grad():
-            crops, lengths, speeds, target = (
-                value.to(accelerator.device, non_blocking=True)
-                for value in (batch.crops, batch.lengths, batch.speeds, batch.labels)
-            )
-            features = self._features(crops, lengths, speeds, batch.keys)
-        # Not the accelerator's own setting: that is fixed for the life of the process by its first run.
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss, stats = self._wrapped(features, target)
-        accelerator.backward(loss)
+        self._task.head.margin = self._margin(done - 1)
+        device, parts = accelerator.device.type, self._inputs.parts(batch)
+        total = torch.zeros(3, device=accelerator.device)
+        for number, part in enumerate(parts, start=1):
+            share = len(part.labels) / len(batch.labels)
+            # Gradients are summed over the processes once a step.
+            last = number == len(parts)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self._wrapped):
+                features, target = self._inputs.features(part)
+                # Not the accelerator's own setting: that is fixed for the life of the process by its first run.
+                with torch.autocast(device, _AUTOCAST.get(config.precision), enabled=config.precision in _AUTOCAST):
+                    loss, stats = self._wrapped(features, target)
+                self._scaler.scale(loss * share).backward()
+            total += share * torch.stack([loss.detach(), stats.accuracy, stats.target_cosine])
+        self._scaler.unscale_(self._optimizer)
         limit = config.optimizer.clip_grad_norm or math.inf
-        norm = accelerator.clip_grad_norm_(self._task.parameters(), limit)
-        self._optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self._task.parameters(), limit)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._optimizer.zero_grad()
-        return {
-            "loss": float(loss.detach()), "accuracy": float(stats.accuracy),
-            "target_cosine": float(stats.target_cosine), "grad_norm": float(norm), "lr": rate,
-            "margin": self._task.head.margin,
-        }  # fmt: skip
+        numbers = torch.cat([total, norm[None]])
+        return _Launched(done, batch, numbers.to("cpu", non_blocking=True) if device == "cpu" else numbers)
+
+    def _read(self, launched: _Launched) -> list[float]:
+        """The numbers of a step.
+
+        Raises:
+            InputError: If one is not finite; the batch is kept in a file then.
+        """
+        values: list[float] = launched.numbers.tolist()
+        skips = self._config.precision == "fp16"
+        self._skipped = self._skipped + 1 if skips and not math.isfinite(values[3]) else 0
+        wrong = {"loss": values[0]} | ({} if skips and self._skipped <= _MOST_SKIPPED else {"grad_norm": values[3]})
+        for name, value in wrong.items():
+            if not math.isfinite(value):
+                path = self._keep(launched)
+                raise InputError(
+                    f"{self.folder}: the {name} became {value} at step {launched.done}; lower optimizer.lr or "
+                    f"optimizer.clip_grad_norm, or look at the batch{path}"
+                )
+        return values
+
+    def _keep(self, launched: _Launched) -> str:
+        """Writes a batch for inspection; where, in words."""
+        batch, step = launched.batch, launched.done
+        rank = self._accelerator.process_index
+        path = self.folder / f"nonfinite_step_{step:08d}_process_{rank}.pt"
+        content = {
+            **{name: getattr(batch, name) for name in ("crops", "lengths", "speeds", "labels", "keys")},
+            "speakers": [self._inputs.speaker(label) for label in batch.labels.tolist()],
+            "step": step,
+        }
+        try:
+            torch.save(content, path)
+        except (OSError, RuntimeError) as error:
+            return f", which could not be written ({error})"
+        return f" in {path} (torch.load; int16 crops, speakers, keys of the augmentation)"
+
+    def _validate(self, done: int, log: RunLog | None) -> None:
+        from accelerate.utils import gather_object
+
+        assert self._validation is not None
+        started = time.monotonic()
+        accelerator = self._accelerator
+        if accelerator.num_processes > 1:  # the statistics of batch norm are each process's own between two steps
+            from accelerate.utils import broadcast
+
+            for value in self._trained.buffers():
+                value.copy_(broadcast(value.clone()))
+        encoder = self.encoder
+        results = self._validation.run(
+            encoder, rank=accelerator.process_index, world_size=accelerator.num_processes,
+            gather=lambda rows: gather_object([rows]),
+        )  # fmt: skip
+        self._wrapped.train()
+        self._results = results
+        seconds = time.monotonic() - started
+        lists = {name: result._asdict() for name, result in results.items()}
+        accelerator.log({f"eer_percent/{name}": result.eer_percent for name, result in results.items()}, step=done)
+        if log is None:
+            return
+        mean = mean_eer(results)
+        log.write(done, {"mean_eer_percent": mean, "seconds": seconds, "lists": lists})
+        encoder.threshold = _threshold(results)
+        if self._best is not None:
+            try:
+                self._best.add(done, mean, encoder, {"lists": lists})
+            except OSError as error:
+                self._warn(f"{self.folder / 'best'}: the model of step {done} could not be written ({error})")
+
+    def _save(self, done: int) -> None:
+        """A checkpoint; where it cannot be written, training goes on with the last one."""
+        accelerator, average = self._accelerator, self._average
+        state = {
+            "task": self._task.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "average": average.state_dict() if average is not None else {},
+            "sampler": self._inputs.state_dict(done),
+            "results": {name: result._asdict() for name, result in self._results.items()},
+        }
+        own = {"random": torch.get_rng_state()}
+        if accelerator.device.type == "cuda":
+            own["random of the device"] = torch.cuda.get_rng_state(accelerator.device)
+        folder, keep = self.folder / "checkpoints", self._config.keep_checkpoints
+        error = checkpoint.save(folder, done, state, own, self._settings, keep, accelerator)
+        if error:
+            if done == self.steps:
+                raise InputError(f"{folder}: the last checkpoint could not be written ({error}); free space, --resume")
+            if self.is_main_process:
+                self._warn(
+                    f"{folder}: no checkpoint could be written at step {done} ({error}); earlier ones are kept, and "
+                    "training goes on"
+                )
+            return
+        if self._best is not None and self.is_main_process:
+            self._best.checkpointed(done)
+
+    def _restore(self, path: Path) -> int:
+        step, state, own = checkpoint.load(path, self._settings, FREE_ON_RESUME, self._accelerator)
+        try:
+            self._task.load_state_dict(state["task"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._scaler.load_state_dict(state["scaler"])
+            if self._average is not None:
+                self._average.load_state_dict(state["average"])
+            self._inputs.load_state_dict(state["sampler"])
+            torch.set_rng_state(own["random"])
+            if "random of the device" in own:
+                torch.cuda.set_rng_state(own["random of the device"], self._accelerator.device)
+            self._results = {name: ListResult(**result) for name, result in state["results"].items()}
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: cannot be restored ({' '.join(str(error).split())[:200]})") from error
+        return step
 
     def _agreed(self, decision: bool) -> bool:
         """The main process's decision: clocks differ, and a process that saved alone would wait for ever."""
@@ -254,37 +405,57 @@ class Trainer:
         return bool(broadcast(torch.tensor(decision, device=self._accelerator.device, dtype=torch.uint8)))
 
     def _finish(self) -> None:
-        self._wrapped.eval()
+        from safetensors import SafetensorError
+
         if self.is_main_process:
-            self.encoder.save(self.folder / "model")
+            encoder = self.encoder
+            best = self._best.best() if self._best is not None and self._config.validation.take == "best" else None
+            if best is not None:
+                encoder = SpeakerEncoder.load(best, device="cpu")
+            elif self._results:
+                encoder.threshold = _threshold(self._results)
+            try:
+                encoder.save(self.folder / "model")
+                task.save_head(self.folder, self._trained.head, self._classes)
+            except (OSError, SafetensorError) as error:  # the writer of safetensors has an error of its own
+                raise InputError(
+                    f"{self.folder}: the model could not be written ({error}); the last checkpoint has it: free space, "
+                    "--resume"
+                ) from error
+            try:
+                write_training_report(self.folder)
+            except OSError as error:  # the model is there
+                self._warn(f"{self.folder}: no report could be written ({error})")
         self._accelerator.wait_for_everyone()
-        self._accelerator.end_training()
+        # Not accelerator.end_training(): another run may follow, among the same processes.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
 
-class _Log:
-    """Lines of JSON, one an entry; entries past the step that a run resumes from are dropped."""
+class _Window:
+    """Means of the numbers of steps between entries of the log."""
 
-    def __init__(self, path: Path, first: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
+    def __init__(self) -> None:
+        self._sums = [0.0] * 4
+        self._count = 0
 
-    def write(self, step: int, entry: dict[str, float]) -> None:
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, **entry}) + "\n")
+    def add(self, values: list[float]) -> None:
+        self._sums = [total + value for total, value in zip(self._sums, values, strict=True)]
+        self._count += 1
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """Means over steps and processes; begins anew."""
+        means = torch.tensor([total / self._count for total in self._sums], dtype=torch.float64)
+        if accelerator.num_processes > 1:
+            means = accelerator.reduce(means.to(accelerator.device), "mean")
+        self.__init__()  # type: ignore[misc]
+        return dict(zip(("loss", "accuracy", "target_cosine", "grad_norm"), means.tolist(), strict=True))
 
 
-def read_log(folder: str | Path) -> list[dict[str, float]]:
-    """Entries of a run's log, oldest first."""
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):  # a line that was being written when the run was killed
-        return 2**62
+def _threshold(results: dict[str, ListResult]) -> Threshold:
+    """Where as many trials are wrongly accepted as refused, on speakers held out or else on the first list."""
+    name = HELD_OUT if HELD_OUT in results else next(iter(results))
+    return Threshold(results[name].threshold, name)
 
 
 def _check(config: TrainConfig) -> None:
@@ -299,51 +470,6 @@ def _check(config: TrainConfig) -> None:
             raise InputError(f"{name} must be at most {most}, got {values[name]}")
     if not config.out:
         raise InputError("out must name a folder")
-    try:
-        check_form(_form(config.loss))
-    except InputError as error:
-        raise InputError(f"loss.{error}") from error
-    for low, high in (("loss.margin_start", "loss.margin_end"), ("optimizer.final_lr", "optimizer.lr")):
-        if values[low] > values[high]:
-            raise InputError(f"{low}={values[low]} must not exceed {high}={values[high]}")
-
-
-def _recipe(data: DataConfig) -> Recipe:
-    try:
-        made = recipe(data.augment.recipe, **data.augment.options)
-    except InputError as error:
-        raise InputError(f"data.augment: {error}") from error
-    for name in ("noise", "rir"):
-        if getattr(data, name) is not None and not made.needs & ({"rir"} if name == "rir" else {*CATEGORIES}):
-            raise InputError(f"data.{name} is given, but data.augment.recipe={data.augment.recipe} uses none")
-    return made
-
-
-def _spec_augment(options: dict[str, Any]) -> SpecAugment:
-    known = [field.name for field in dataclasses.fields(SpecAugment)]
-    check_options("data.augment", "spec_augment", options, known)
-    try:
-        return SpecAugment(**options)
-    except InputError as error:
-        raise InputError(f"data.augment.spec_augment: {error}") from error
-
-
-def _fingerprint(corpus: Corpus, *banks: Bank | None) -> str:
-    """Hex digest of what a resumed run must find again: the corpus and the banks."""
-    parts = [corpus.fingerprint, *(bank.fingerprint if bank else "" for bank in banks)]
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-
-
-def _form(config: LossConfig) -> MarginForm:
-    names = {field.name for field in dataclasses.fields(config)} & {*MarginForm._fields}
-    return MarginForm(**{name: getattr(config, name) for name in names})
-
-
-def _optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in task.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in task.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("wandb names a project, but Weights & Biases is not installed: pip install wandb")
+    task.form(config.loss)

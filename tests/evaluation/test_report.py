@@ -8,7 +8,7 @@ import pytest
 
 from spkfast.errors import InputError
 from spkfast.evaluation.plots import loss_curve
-from spkfast.evaluation.report import write_report
+from spkfast.evaluation.report import shown_rates, write_report
 
 VOID = {"meta", "img"}
 
@@ -90,6 +90,26 @@ def test_report_of_a_title_alone_and_a_second_one_over_it(tmp_path):
     text = path.read_text()
     assert "<h1>second</h1>" in text and not re.search("<table|<figure|class=", text)
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_table_has_the_heading_that_it_is_given(page, tmp_path):
+    assert "<h2>Accuracy and speed</h2>" in page
+    path = write_report(tmp_path / "other.html", title="x", table=[{"a": 1}], table_title="Rates <1>")
+    assert "<h2>Rates &lt;1&gt;</h2>" in path.read_text() and "Accuracy" not in path.read_text()
+
+
+def test_settings_are_a_folded_table(tmp_path):
+    path = write_report(tmp_path / "report.html", title="x", settings={"loss.margin": "0.2", "a<b": None})
+    text = path.read_text()
+    assert Page(text).cells == ["setting", "value", "loss.margin", "0.2", "a<b", "-"]
+    assert re.search(r"<details><summary>Settings</summary>.*</details>", text, re.DOTALL)
+
+
+def test_rates_for_people():
+    row = {"eer_percent": 4.217, "eer_low_percent": 3.5, "eer_high_percent": 5.128, "min_dcf": 0.25}
+    assert list(shown_rates(row).values()) == ["4.22", "3.50 to 5.13", "0.2500"]
+    assert list(shown_rates({**row, "eer_low_percent": None, "eer_high_percent": None}).values())[1] == "-"
+    assert set(shown_rates(dict.fromkeys(row)).values()) == {"-"}
 
 
 def test_a_folder_is_no_report(tmp_path):

@@ -33,7 +33,8 @@ data:
   sampler: balanced
   workers: 1
   augment: {recipe: room_or_noise, options: {speeds: [1.0, 0.9]}, spec_augment: {max_frames: 5, max_bins: 5}}
-optimizer: {lr: 0.05, warmup_steps: 5}
+optimizer: {lr: 0.05}
+schedule: {warmup: 15 %}
 steps: 30
 batch_size: 8
 log_steps: 5

@@ -39,6 +39,12 @@ def weights(out):
     return {name: value.numpy().tobytes() for name, value in tensors.items()}
 
 
+def timeless(log):
+    """Entries of a log without what a clock measured."""
+    measured = {"crops_per_second", "loader_wait", "device_busy"}
+    return [{name: value for name, value in entry.items() if name not in measured} for entry in log]
+
+
 @pytest.fixture(scope="module")
 def unbroken(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "unbroken"
@@ -71,8 +77,7 @@ def test_killed_and_resumed_run_equals_the_unbroken_one(corpus, unbroken, tmp_pa
     assert main(["train", *arguments(corpus, out)]) == 2  # a folder with checkpoints wants --resume
     assert subprocess.run([*command, "--resume"], capture_output=True, check=False).returncode == 0
     assert weights(out) == weights(unbroken)
-    strip = [{k: v for k, v in entry.items() if k != "crops_per_second"} for entry in read_log(out)]
-    assert strip == [{k: v for k, v in entry.items() if k != "crops_per_second"} for entry in read_log(unbroken)]
+    assert timeless(read_log(out)) == timeless(read_log(unbroken))
 
 
 def test_reading_in_other_processes_changes_nothing(corpus, unbroken, tmp_path):
@@ -117,8 +122,8 @@ def test_resume_refuses_other_settings_and_other_versions(corpus, unbroken, tmp_
     for name, content, words in (
         ("run.json", version, "format version 99"),
         ("run.json", b"{", "not a whole checkpoint"),
-        ("model.safetensors", None, "cannot be restored"),
-        ("optimizer.bin", None, "cannot be restored"),
+        ("state.pt", None, "cannot be restored"),
+        ("process_00000.pt", None, "cannot be restored"),
     ):
         whole = (checkpoint / name).read_bytes()
         try:
@@ -158,7 +163,7 @@ def test_bad_files_are_named_and_counted_and_strict_ends_the_run(tmp_path, capsy
         (["--data.workers", "-1"], "data.workers must be at least 0"),
         (["--seed", "-1"], "seed must be at least 0"),
         (["--keep_checkpoints", "0"], "keep_checkpoints must be at least 1"),
-        (["--loss.margin_start", "0.9"], "loss.margin_start=0.9 must not exceed loss.margin_end=0.3"),
+        (["--loss.margin_start", "90 %"], "loss.margin_start"),
         (["--data.augment.recipe", "espnt"], "unknown recipe of augmentation 'espnt' (did you mean 'espnet'?)"),
         (["--data.augment.options", "{speed: [1.0]}"], "unknown option 'speed'"),
         (["--data.augment.recipe", "none"], "data.noise is given, but data.augment.recipe=none uses none"),
@@ -179,7 +184,7 @@ def test_bad_files_are_named_and_counted_and_strict_ends_the_run(tmp_path, capsy
         (["--frontend.preset", "wespeker"], "unknown front-end preset 'wespeker'"),
         (["--data.train_list", "/nowhere/list.txt"], "/nowhere/list.txt: no such file or folder"),
         (["--data.noise", "/nowhere"], "/nowhere: no such folder"),
-        (["--optimizer.lr", "1e30", "--optimizer.warmup_steps", "0"], "the loss became"),
+        (["--optimizer.lr", "1e30", "--schedule.warmup", "0"], "the loss became"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -1,0 +1,350 @@
+"""The loop: parts of a batch, processes, precisions, averages, validation, fine-tuning, and what may go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import distributed
+
+from spkfast import SpeakerEncoder
+from spkfast.errors import InputError
+from spkfast.training.config import TrainConfig, fine_tuned
+from spkfast.training.log import VALIDATION, read_log
+from spkfast.training.loop import Trainer
+from tests.training.corpus import TINY, make_tones
+
+NETWORK = {"channels": 16, "mfa_channels": 24, "embedding_dim": 12, "attention_channels": 8, "se_channels": 8}
+# Everything that has a state: averages, validation on speakers held out, a schedule with cycles, a margin that grows.
+FULL = f"""
+{TINY}
+averaging: {{name: ema, decay: 0.9}}
+validation: {{held_out: 2, every: 6, keep: 2, take: best}}
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = make_tones(tmp_path_factory.mktemp("tones"), speakers=6)
+    (folder / "full.yaml").write_text(FULL)
+    return folder
+
+
+def config(corpus: Path, out: Path, **changes) -> TrainConfig:
+    """A run without anything random in its network; a name with a dot is one of a section."""
+    made = TrainConfig(out=str(out), steps=12, batch_size=8, log_steps=3)
+    made.model.options = dict(NETWORK)
+    made.data = dataclasses.replace(
+        made.data, train_list=str(corpus / "train_list.txt"), crop_seconds=0.5, sampler="balanced", workers=0
+    )
+    made.optimizer.lr = 0.05
+    for name, value in changes.items():
+        section, _, field = name.rpartition("__")
+        setattr(getattr(made, section) if section else made, field, value)
+    return made
+
+
+def trained(made: TrainConfig, warnings: list[str] | None = None) -> Trainer:
+    trainer = Trainer(made, warn=[].append if warnings is None else warnings.append)
+    for _ in trainer.run():
+        pass
+    return trainer
+
+
+def model(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def losses(out: Path) -> list[float]:
+    return [entry["loss"] for entry in read_log(out)]
+
+
+def test_a_batch_in_parts_is_one_step(corpus, tmp_path):
+    """Without batch norm between the rows, parts of a batch give the gradient of the whole."""
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    frozen = {"averaging__name": "none", "optimizer__clip_grad_norm": 1.0, "steps": 4, "log_steps": 1}
+    for out, rows, accumulate in ((whole, 8, 1), (parts, 2, 4)):
+        trainer = Trainer(config(corpus, out, batch_size=rows, accumulate=accumulate, **frozen))
+        for part in trainer._task.modules():
+            if isinstance(part, torch.nn.BatchNorm1d):
+                part.eval()  # statistics that do not depend on the batch
+        trainer._wrapped.train = lambda: None
+        for _ in trainer.run():
+            pass
+    assert losses(whole) == pytest.approx(losses(parts), rel=1e-5)
+    for name, value in model(whole).items():
+        torch.testing.assert_close(model(parts)[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_fp16_scales_its_gradients_and_passes_over_steps_that_overflow(corpus, tmp_path):
+    trainer = Trainer(config(corpus, tmp_path / "run", precision="fp16", steps=30))
+    assert trainer._scaler.is_enabled()
+    trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    norms = []
+    read = trainer._read
+    trainer._read = lambda launched: norms.append(launched.numbers[3].item()) or read(launched)
+    for _ in trainer.run():
+        pass
+    assert not math.isfinite(norms[0]) and math.isfinite(norms[-1])
+    assert trainer._scaler.get_scale() < 2.0**20
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+def test_averaged_weights_are_what_is_saved(corpus, tmp_path):
+    """``last``: the mean of the weights of two runs that end where the snapshots are taken."""
+    constant = {"schedule__name": "constant", "schedule__warmup": 0, "loss__margin_end": 0}
+    for steps in (8, 12):
+        trained(config(corpus, tmp_path / str(steps), steps=steps, **constant))
+    snapshots = {"averaging__name": "last", "averaging__snapshots": 2, "averaging__every": 4}
+    trained(config(corpus, tmp_path / "average", **constant, **snapshots))
+    first, last = model(tmp_path / "8"), model(tmp_path / "12")
+    for name, value in model(tmp_path / "average").items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (first[name] + last[name]) / 2, rtol=1e-5, atol=1e-6, msg=name)
+    assert not torch.equal(first["encoder.stem.conv.weight"], last["encoder.stem.conv.weight"])
+
+
+def test_validates_keeps_the_best_and_sets_a_threshold(corpus, tmp_path):
+    out = tmp_path / "run"
+    made = config(corpus, out, validation__held_out=2, validation__every=4, validation__keep=2)
+    trainer = trained(made)
+    assert len(trainer.dataset) == 12  # of 18 utterances of 6 speakers
+    entries = read_log(out, VALIDATION)
+    assert [entry["step"] for entry in entries] == [4, 8, 12]
+    ranked = sorted(entries, key=lambda entry: (entry["mean_eer_percent"], entry["step"]))
+    assert {path.name for path in (out / "best").glob("step_*")} == {f"step_{e['step']:08d}" for e in ranked[:2]}
+    encoder = SpeakerEncoder.load(out)
+    assert encoder.threshold.list == "held_out"
+    assert encoder.threshold.value == pytest.approx(entries[-1]["lists"]["held_out"]["threshold"])
+    run = json.loads((out / "config.json").read_text())["run"]
+    assert run["speakers"] == 4 and len(run["held_out_speakers"]) == 2
+
+    best = tmp_path / "best"
+    trained(dataclasses.replace(made, out=str(best), validation=dataclasses.replace(made.validation, take="best")))
+    place = out / "best" / f"step_{ranked[0]['step']:08d}"
+    assert all(map(torch.equal, model(best).values(), load_file(place / "model.safetensors").values()))
+
+
+def test_fine_tuning_starts_from_the_first_run_and_drops_its_copies_at_other_speeds(corpus, tmp_path):
+    out = tmp_path / "run"
+    made = config(corpus, out, steps=6)
+    made.data.augment.options = {"speeds": [1.0, 0.9, 1.1]}
+    made.fine_tuning = {
+        "steps": 3,
+        "data": {"crop_seconds": 0.8, "augment": {"options": {"speeds": [1.0]}}},
+        "loss": {"margin": 0.5, "margin_start": 0, "margin_end": 0},
+        "optimizer": {"lr": 0.0},
+        "schedule": {"final_lr": 0.0, "name": "constant", "warmup": 0},
+    }
+    first = trained(made)
+    second_config = fine_tuned(made)
+    assert second_config.data.train_list == made.data.train_list and second_config.fine_tuning is None
+    warnings: list[str] = []
+    second = trained(second_config, warnings)
+    assert second.folder == out / "fine_tuning"
+    assert any("6 of its 18 classes; 0 are new" in line for line in warnings)
+    # At a learning rate of 0 the parameters are those of the first run.
+    before, after = model(out), model(out / "fine_tuning")
+    assert all(
+        torch.equal(before[name], after[name]) for name in before if "running" not in name and "num_b" not in name
+    )
+    assert torch.equal(second._task.head.weight, first._task.head.weight[:6])
+    assert second._task.head.margin == 0.5
+    assert not any(torch.equal(before[name], after[name]) for name in before if "running_mean" in name)
+
+
+def test_new_speakers_get_new_classes(corpus, tmp_path):
+    trained(config(corpus, tmp_path / "old", steps=3))
+    lines = (corpus / "train_list.txt").read_text().splitlines()
+    renamed = [line.replace("spk0 ", "someone ") for line in lines]
+    (corpus / "renamed.txt").write_text("\n".join(renamed) + "\n")
+    made = config(corpus, tmp_path / "new", steps=3, init_from=str(tmp_path / "old"))
+    made.data.train_list = str(corpus / "renamed.txt")
+    warnings: list[str] = []
+    new = Trainer(made, warn=warnings.append)
+    assert any("5 of its 6 classes; 1 are new" in line for line in warnings)
+    old = load_file(tmp_path / "old" / "head.safetensors")["weight"]
+    rows = new._task.head.weight.detach()
+    assert torch.equal(rows[1:], old[1:]) and new.dataset.num_classes == 6
+    assert rows[0].norm() == pytest.approx(float(old.norm(dim=1).mean()), rel=1e-5)
+
+
+def test_init_from_refuses_another_network_or_front_end(corpus, tmp_path):
+    trained(config(corpus, tmp_path / "old", steps=3))
+    made = config(corpus, tmp_path / "new", init_from=str(tmp_path / "old"))
+    made.model.options["channels"] = 32
+    with pytest.raises(InputError, match=r"init_from: the network of .* has channels=.*16.*, the config .*32"):
+        Trainer(made)
+    made.model.options["channels"] = 16
+    made.frontend.preset = "taoruijie"
+    with pytest.raises(InputError, match="front-end"):
+        Trainer(made)
+    made.frontend.preset, made.loss.num_subcenters = "wespeaker", 2
+    with pytest.raises(InputError, match="its classes do not fit the loss of this config"):
+        Trainer(made)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_batch(corpus, tmp_path):
+    trainer = Trainer(config(corpus, tmp_path / "run"))
+    batches = trainer._inputs.batches
+
+    def spoilt():
+        for number, batch in enumerate(batches()):
+            trainer._task.net.encoder.stem.conv.weight.data.fill_(math.nan if number == 5 else 1e-3)
+            kept.append(batch)
+            yield batch
+
+    kept: list = []
+    trainer._inputs.batches = spoilt
+    with pytest.raises(InputError, match=r"the loss became nan at step 6; .* in (\S+\.pt)"):
+        for _ in trainer.run():
+            pass
+    (path,) = (tmp_path / "run").glob("nonfinite_*.pt")
+    content = torch.load(path, weights_only=True)
+    assert content["step"] == 6 and torch.equal(content["crops"], kept[5].crops)
+    assert content["speakers"] == [f"spk{label}" for label in kept[5].labels.tolist()]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_checkpoint_of_another_config_is_refused_with_every_difference(corpus, tmp_path):
+    trained(config(corpus, tmp_path / "run"))
+    other = config(corpus, tmp_path / "run", resume=True, optimizer__lr=0.1, batch_size=4, loss__margin=0.4)
+    with pytest.raises(InputError) as raised:
+        Trainer(other)
+    pairs = (("batch_size", 8, 4), ("loss.margin", 0.2, 0.4), ("optimizer.lr", 0.05, 0.1))
+    told = "; with ".join(f"{name}={theirs}, the config has {ours}" for name, theirs, ours in pairs)
+    assert f"was trained with {told}; resume with the same settings" in str(raised.value)
+
+
+def test_a_full_disk_loses_nothing_and_says_so(corpus, tmp_path):
+    """Files above a size cannot be written from some step on: training goes on, earlier checkpoints stay whole."""
+    out = tmp_path / "run"
+    made = config(corpus, out, checkpoint_minutes=0, keep_checkpoints=1)
+    warnings: list[str] = []
+    trainer = Trainer(made, warn=warnings.append)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for progress in trainer.run():
+            if progress.step == 3:  # its checkpoint is written after this
+                continue
+            if progress.step == 4:
+                assert (out / "checkpoints" / "step_00000003").is_dir()
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+            if progress.step == 11:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, former)
+    told = [line for line in warnings if "no checkpoint could be written" in line]
+    assert len(told) == 2 and "File too large" in told[0] and "earlier ones are kept" in told[0]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000012"]
+    whole = tmp_path / "whole"
+    trained(dataclasses.replace(made, out=str(whole)))
+    assert all(map(torch.equal, model(out).values(), model(whole).values()))
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error_and_the_run_can_be_resumed(corpus, tmp_path):
+    out = tmp_path / "run"
+    made = config(corpus, out, checkpoint_minutes=0, keep_checkpoints=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(InputError, match=r"the last checkpoint could not be written .* free space, --resume"):
+            for progress in Trainer(made).run():
+                if progress.step == 11:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, former)
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000006", "step_00000009"]
+    trained(dataclasses.replace(made, resume=True))
+    trained(dataclasses.replace(made, out=str(tmp_path / "whole")))
+    assert all(map(torch.equal, model(out).values(), model(tmp_path / "whole").values()))
+
+
+def command(corpus: Path, out: Path, *more: str) -> list[str]:
+    """A run with all that has a state and all that is random, a reading process included."""
+    return [
+        sys.executable, "-m", "spkfast", "train", str(corpus / "full.yaml"), "--out", str(out),
+        "--data.train_list", str(corpus / "train_list.txt"), "--data.noise", str(corpus / "spk0"),
+        "--data.rir", str(corpus / "spk1"), "--checkpoint_minutes", "0", "--log_steps", "1", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_at_a_random_step_and_resumed_is_bit_identical(corpus, tmp_path, precision):
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    more = ("--precision", precision)
+    subprocess.run(command(corpus, whole, *more), check=True, capture_output=True)
+    for at in (random.randint(1, 12), random.randint(15, 25)):  # twice in one run
+        run = subprocess.Popen(command(corpus, out, *more, "--resume"), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        deadline = time.monotonic() + 240
+        while not any(int(path.name[5:]) >= at for path in (out / "checkpoints").glob("step_*")):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+    subprocess.run(command(corpus, out, *more, "--resume"), check=True, capture_output=True)
+    assert model(out).keys() == model(whole).keys()
+    assert all(torch.equal(value, model(whole)[name]) for name, value in model(out).items())
+    for name in ("head.safetensors",):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert [path.name for path in sorted((out / "best").iterdir())] == [
+        path.name for path in sorted((whole / "best").iterdir())
+    ]
+    without = [{k: v for k, v in entry.items() if k != "seconds"} for entry in read_log(out, VALIDATION)]
+    assert without == [{k: v for k, v in entry.items() if k != "seconds"} for entry in read_log(whole, VALIDATION)]
+    assert SpeakerEncoder.load(out).threshold == SpeakerEncoder.load(whole).threshold
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not (distributed.is_available() and distributed.is_gloo_available()), reason="torch has no Gloo")
+def test_two_processes_train_like_one(corpus, tmp_path):
+    """50 steps at equal global batch, with synchronised batch norm: losses and weights within 1e-4.
+
+    From a network that is trained a little: at the rates of a first training rounding grows tenfold in three steps,
+    whatever adds up in another order.
+    """
+    settings = yaml.safe_load(TINY) | {"steps": 60}
+    (tmp_path / "start.yaml").write_text(yaml.safe_dump(settings))
+    settings |= {
+        "steps": 50, "log_steps": 1, "sync_batch_norm": True, "init_from": str(tmp_path / "start"),
+        "optimizer": {"lr": 1e-3}, "schedule": {"name": "constant", "warmup": 5}, "loss": {"margin_end": 0},
+        "validation": {"held_out": 2, "every": 25},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    one = [sys.executable]
+    for name, file, start, rows in (("start", "start", one, 8), ("one", "run", one, 8), ("two", "run", launcher, 4)):
+        run = [
+            *start, "-m", "spkfast", "train", str(tmp_path / f"{file}.yaml"), "--out", str(tmp_path / name),
+            "--batch_size", str(rows), "--data.train_list", str(corpus / "train_list.txt"),
+            "--data.noise", str(corpus / "spk0"), "--data.rir", str(corpus / "spk1"),
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(run, capture_output=True, text=True, check=False, env=environment)
+        assert result.returncode == 0, result.stderr
+    found = {name: losses(tmp_path / name) for name in ("one", "two")}
+    assert len(found["one"]) == 50 and found["two"] == pytest.approx(found["one"], rel=1e-4)
+    eers = [[entry["mean_eer_percent"] for entry in read_log(tmp_path / name, VALIDATION)] for name in found]
+    assert len(eers[0]) == 2 and eers[0] == pytest.approx(eers[1])
+    before, after, other = (model(tmp_path / name) for name in ("start", *found))
+    for name, value in after.items():
+        length = float(value.double().norm())
+        assert float((other[name].double() - value.double()).norm()) <= 1e-4 * length, name
+    moved = [float((after[n].double() - before[n].double()).norm() / before[n].double().norm()) for n in after]
+    assert max(moved) > 0.1

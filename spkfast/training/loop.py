@@ -223,9 +223,9 @@ class Trainer:
                     **rates._asdict(),
                 }  # fmt: skip
                 entry.pop("seconds")
-                accelerator.log(entry, step=done)
                 if log is not None:
                     log.write(done, entry)
+                self._track(entry, done)
             with meter.paused():
                 if validate:
                     self._validate(done, validations)
@@ -321,6 +321,14 @@ class Trainer:
             return f", which could not be written ({error})"
         return f" in {path} (torch.load; int16 crops, speakers, keys of the augmentation)"
 
+    def _track(self, entry: dict[str, float], done: int) -> None:
+        """To TensorBoard and others, which a full disk must not let end the run."""
+        try:
+            self._accelerator.log(entry, step=done)
+        except OSError as error:
+            self._warn(f"{self.folder}: trackers cannot be written any more ({error}); training goes on")
+            self._accelerator.trackers.clear()
+
     def _validate(self, done: int, log: RunLog | None) -> None:
         from accelerate.utils import gather_object
 
@@ -341,7 +349,7 @@ class Trainer:
         self._results = results
         seconds = time.monotonic() - started
         lists = {name: result._asdict() for name, result in results.items()}
-        accelerator.log({f"eer_percent/{name}": result.eer_percent for name, result in results.items()}, step=done)
+        self._track({f"eer_percent/{name}": result.eer_percent for name, result in results.items()}, done)
         if log is None:
             return
         mean = mean_eer(results)
@@ -415,8 +423,8 @@ class Trainer:
             elif self._results:
                 encoder.threshold = _threshold(self._results)
             try:
-                encoder.save(self.folder / "model")
                 task.save_head(self.folder, self._trained.head, self._classes)
+                encoder.save(self.folder / "model")  # last: it tells that the run has ended
             except (OSError, SafetensorError) as error:  # the writer of safetensors has an error of its own
                 raise InputError(
                     f"{self.folder}: the model could not be written ({error}); the last checkpoint has it: free space, "

@@ -257,6 +257,20 @@ def test_a_full_disk_loses_nothing_and_says_so(corpus, tmp_path):
     assert all(map(torch.equal, model(out).values(), model(whole).values()))
 
 
+def test_trackers_that_cannot_be_written_are_left_out(corpus, tmp_path):
+    warnings: list[str] = []
+    trainer = Trainer(config(corpus, tmp_path / "run"), warn=warnings.append)
+
+    def full(entry, step):
+        raise OSError(28, "No space left on device")
+
+    trainer._accelerator.log = full
+    for _ in trainer.run():
+        pass
+    assert any("trackers cannot be written any more" in line for line in warnings)
+    assert len(losses(tmp_path / "run")) == 4 and (tmp_path / "run" / "model").is_dir()
+
+
 def test_a_disk_that_is_full_at_the_end_is_an_error_and_the_run_can_be_resumed(corpus, tmp_path):
     out = tmp_path / "run"
     made = config(corpus, out, checkpoint_minutes=0, keep_checkpoints=2)

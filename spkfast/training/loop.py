@@ -24,7 +24,7 @@ from spkfast.training import averaging, checkpoint, optimizers, schedule, task
 from spkfast.training.best import Best
 from spkfast.training.config import FREE_ON_RESUME, TrainConfig, flatten
 from spkfast.training.inputs import LEAST_ROWS, Inputs
-from spkfast.training.log import VALIDATION, RunLog, read_log
+from spkfast.training.log import LOG, VALIDATION, RunLog, read_log
 from spkfast.training.meter import Meter, Rates
 from spkfast.training.report import CONFIG, write_training_report
 from spkfast.training.task import Classes, SpeakerTask
@@ -188,7 +188,7 @@ class Trainer:
         self._begin()
         log, validations = (
             RunLog(self.folder / name, self.first_step, self._warn) if self.is_main_process else None
-            for name in ("log.jsonl", VALIDATION)
+            for name in (LOG, VALIDATION)
         )
         meter = Meter(accelerator.device)
         rates = Rates(0.0, 0.0, 0.0, 0.0)
@@ -283,8 +283,7 @@ class Trainer:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
-        numbers = torch.cat([total, norm[None]])
-        return _Launched(done, batch, numbers.to("cpu", non_blocking=True) if device == "cpu" else numbers)
+        return _Launched(done, batch, torch.cat([total, norm[None]]))
 
     def _read(self, launched: _Launched) -> list[float]:
         """The numbers of a step.

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import sys
-from typing import NamedTuple
 
 import pytest
 
@@ -12,6 +11,7 @@ from spkfast.cli import common, train
 from spkfast.cli.common import BadFiles, meter, print_result, progress
 from spkfast.errors import InputError
 from spkfast.training.log import VALIDATION, RunLog
+from spkfast.training.loop import Progress
 from spkfast.training.meter import duration
 
 
@@ -135,19 +135,6 @@ def test_bad_files_are_told_and_counted(capsys):
         BadFiles(strict=True).skip(InputError("b.wav: empty"))
 
 
-class Step(NamedTuple):
-    """What a trainer gives after each step."""
-
-    step: int
-    steps: int
-    loss: float
-    accuracy: float
-    crops_per_second: float
-    loader_wait: float
-    device_busy: float
-    eer_percent: float | None
-
-
 class Run:
     """A trainer of three steps, of which one was done before."""
 
@@ -155,8 +142,8 @@ class Run:
     first_step = 1
 
     def run(self):
-        yield Step(2, 3, 3.5, 0.25, math.nan, math.nan, math.nan, None)
-        yield Step(3, 3, 2.5, 0.5, 226.4, 0.031, 0.969, 4.217)
+        yield Progress(2, 3, 3.5, 0.25, math.nan, math.nan, math.nan, None)
+        yield Progress(3, 3, 2.5, 0.5, 226.4, 0.031, 0.969, 4.217)
 
 
 def test_training_shows_loss_error_rate_speed_and_time_left(clock, capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,16 +25,16 @@ HELP = "train a speaker network, or resume a run that was cut off"
 def main(argv: list[str]) -> None:
     """Runs ``spkfast train``."""
     config, as_json = parse(argv)
-    runs = [config, *([second] if (second := fine_tuned(config)) else [])]
-    results = []
-    for number, run in enumerate(runs, start=1):
-        if len(runs) > 1 and (Path(run.out) / "model").is_dir() and run.resume and number < len(runs):
-            continue  # the first run has ended
-        results.append(_train(run))
+    second = fine_tuned(config)
+    if second is not None:
+        _check_second(config, second)
+    result = _train(config)
+    if second is not None:
+        gc.collect()  # a network and its optimiser are parts of cycles
+        result = _train(second)
     _leave_group()
-    if results[-1] is None:  # one of several processes
+    if result is None:  # one of several processes
         return
-    result = results[-1]
     shown = dict(result)
     if "lists" in result:
         shown["lists"] = [{"trials": name, **shown_rates(row)} for name, row in result["lists"].items()]
@@ -45,6 +46,19 @@ def _leave_group() -> None:
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _check_second(config: TrainConfig, second: TrainConfig) -> None:
+    """An error in what a second run is given would show when the first has ended, days later."""
+    from spkfast.training.loop import Trainer
+    from spkfast.training.task import check_continues
+
+    try:
+        check_continues(config, second)
+        Trainer(dataclasses.replace(second, init_from=None))
+    except InputError as error:
+        raise InputError(f"{_FINE_TUNING}: {error}") from error
+    gc.collect()
 
 
 def _train(config: TrainConfig) -> dict[str, Any] | None:

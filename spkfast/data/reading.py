@@ -290,6 +290,7 @@ class Loader(Iterable[Batch]):
             worker_init_fn=_single_thread,
             prefetch_factor=prefetch if workers else None,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # not the one of the network, which a resumed run must find as it was
         )
 
     def __len__(self) -> int:

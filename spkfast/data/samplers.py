@@ -181,7 +181,8 @@ class LengthSampler(Sampler):
         batch_size: Most rows of a batch, over all processes.
         seed: Seed of the order.
         batch_seconds: Most seconds of a batch, rows times the longest; None makes every batch of ``batch_size`` rows.
-        row_multiple: What the rows of a batch by seconds are a multiple of: the number of processes.
+        row_multiple: What the rows of a batch by seconds are a multiple of, so that they can be shared out among
+            processes, and among the parts of a step.
         num_buckets: Buckets, with as many utterances each.
 
     Raises:

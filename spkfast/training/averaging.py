@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spkfast.errors import InputError, check_name
-from spkfast.training.config import AveragingConfig
+from spkfast.errors import InputError
+from spkfast.training.config import AveragingConfig, check_values
 from spkfast.training.spans import Length, told
 
 
@@ -87,18 +87,14 @@ def create(config: AveragingConfig, net: nn.Module, length: Length) -> Average |
         Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; Izmailov et al., "Averaging
         Weights Leads to Wider Optima and Better Generalization", UAI 2018.
     """
-    check_name("averaging.name", config.name, ["none", "ema", "last"])
+    check_values(config, "averaging.")
     if config.name == "none":
         return None
     if config.name == "ema":
-        if not 0 <= config.decay < 1:
-            raise InputError(f"averaging.decay must be at least 0 and below 1, got {config.decay}")
         return Average(net, lambda step: True, lambda n: 1 - min(config.decay, (1 + n) / (10 + n)))
     every, count = length.span(config.every, "averaging.every"), config.snapshots
     if every < 1:
         raise InputError(f"averaging.every must be at least 1, got {told(config.every, every)}")
-    if count < 1:
-        raise InputError(f"averaging.snapshots must be at least 1, got {count}")
     first = length.steps - (count - 1) * every
     if first < 1:
         raise InputError(

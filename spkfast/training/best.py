@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spkfast.errors import InputError
-from spkfast.inference import SpeakerEncoder
 
-# Beside config.yaml and model.safetensors: step, error rate, and what else is known of the model.
+# Beside the files of the model: step, error rate, and what else is known of the model.
 _FACTS = "validation.json"
 
 
@@ -34,13 +34,13 @@ class Best:
         self._keep = keep
         self._checkpoint = 0
 
-    def add(self, step: int, eer_percent: float, encoder: SpeakerEncoder, extra: dict[str, Any]) -> None:
+    def add(self, step: int, eer_percent: float, save: Callable[[Path], None], extra: dict[str, Any]) -> None:
         """Saves a model if it is one of the best; those that are no longer needed go when it is there.
 
         Args:
             step: Steps that were done; more than at the last call.
             eer_percent: What models are ranked by.
-            encoder: The model.
+            save: Writes the model into a folder, which it makes.
             extra: Plain values that are written beside the error rate.
 
         Raises:
@@ -56,7 +56,7 @@ class Best:
         facts = json.dumps({"step": step, "eer_percent": eer_percent, **extra}, allow_nan=False)
         partial = self._folder / f".partial_{step:08d}"
         try:
-            _save(encoder, partial)
+            _save(save, partial)
             with open(partial / _FACTS, "w", encoding="utf-8") as file:
                 file.write(facts)
                 file.flush()
@@ -122,10 +122,10 @@ def _read(path: Path) -> _Model:
         raise InputError(f"{path / _FACTS}: cannot be read ({error}); move {path} out of this folder") from error
 
 
-def _save(encoder: SpeakerEncoder, folder: Path) -> None:
+def _save(save: Callable[[Path], None], folder: Path) -> None:
     from safetensors import SafetensorError
 
     try:
-        encoder.save(folder)
+        save(folder)
     except SafetensorError as error:  # what its writer makes of every error of the disk
         raise OSError(f"{folder}: cannot be written ({error})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ def save(
 ) -> str:  # fmt: skip
     """Write ``folder/step_<step>``; keep the newest ``keep``, at least 1. All processes call it.
 
-    A disk that is full leaves the earlier checkpoints as they are.
+    A disk that is full leaves the earlier checkpoints as they are. One that cannot be removed stays for now.
 
     Args:
         folder: Holds the checkpoints.
@@ -59,17 +60,21 @@ def save(
                     _flush(file)
     except (OSError, RuntimeError) as reason:
         error = _told(reason)
-    errors = [found for found in gather_object([error]) if found]
+    error = _first(gather_object([error]))
     if accelerator.is_main_process:
-        if errors:
+        try:
+            if not error:
+                _remove(final)
+                os.replace(partial, final)
+        except OSError as reason:
+            error = _told(reason)
+        if error:
             shutil.rmtree(partial, ignore_errors=True)
         else:
-            _remove(final)
-            os.replace(partial, final)
-            for old in checkpoints(folder)[:-keep]:
-                _remove(old)
-    accelerator.wait_for_everyone()
-    return errors[0] if errors else ""
+            with contextlib.suppress(OSError):
+                for old in checkpoints(folder)[:-keep]:
+                    _remove(old)
+    return _first(gather_object([error]))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -110,6 +115,10 @@ def load(
     except Exception as error:  # whatever torch's reader raises for a damaged file
         raise InputError(f"{path}: cannot be restored ({_told(error)})") from error
     return step, state, own
+
+
+def _first(errors: list[str]) -> str:
+    return next(filter(None, errors), "")
 
 
 def _own(accelerator: Any) -> str:

@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import math
+import operator
 import os
-from typing import Any, Literal
+import re
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from spkfast.errors import InputError, check_name
 
 # A length or a point of a run: steps, or words such as "6 epochs" or "30 %" of the run.
 Span = int | str
+
+# Batch norm needs two rows to have a variance.
+LEAST_ROWS = 2
+
+# Numbers outside these make no sense whatever the other settings are. What depends on them is checked where it is used.
+_LIMITS: dict[str, dict[str, float]] = {
+    "batch_size": {"at least": LEAST_ROWS},
+    "accumulate": {"at least": 1},
+    "seed": {"at least": 0, "at most": 2**32 - 1},
+    "checkpoint_minutes": {"at least": 0},
+    "keep_checkpoints": {"at least": 1},
+    "log_steps": {"at least": 1},
+    "data.crop_seconds": {"above": 0, "at most": 600},
+    "data.workers": {"at least": 0},
+    "data.max_unreadable": {"at least": 0, "at most": 1},
+    "loss.margin": {"at least": 0, "at most": 1.5},
+    "optimizer.lr": {"at least": 0, "below": math.inf},
+    "optimizer.lr_batch_size": {"at least": 1},
+    "optimizer.momentum": {"at least": 0, "below": 1},
+    "optimizer.betas": {"at least": 0, "below": 1},
+    "optimizer.weight_decay": {"at least": 0, "below": math.inf},
+    "optimizer.clip_grad_norm": {"at least": 0},
+    "schedule.final_lr": {"at least": 0, "below": math.inf},
+    "schedule.warmup_lr": {"at least": 0, "below": math.inf},
+    "schedule.cycle_decay": {"above": 0, "at most": 1},
+    "schedule.factor": {"above": 0, "at most": 1},
+    "averaging.decay": {"at least": 0, "below": 1},
+    "averaging.snapshots": {"at least": 1},
+    "validation.keep": {"at least": 0},
+}
+_HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+# What the first run settles for the second; by the seed the speakers held out are drawn.
+_OF_THE_FIRST_RUN = ("out", "init_from", "resume", "seed", "fine_tuning")
 
 
 @dataclasses.dataclass
@@ -197,7 +236,7 @@ class ValidationConfig:
     """Error rate during the run, on trial lists, on speakers held out of the training data, or both.
 
     Args:
-        trials: Trial lists.
+        trials: Trial lists, or one.
         root: Folder that their paths start from; each list's own where left out.
         held_out: File that lists speakers of the corpus, one a line, or how many are drawn (by ``seed``): these are
             not trained on, and trials among them are the list ``held_out``.
@@ -206,12 +245,16 @@ class ValidationConfig:
         take: Which model becomes ``model``: the ``best`` one or the ``last``.
     """
 
-    trials: list[str] = dataclasses.field(default_factory=list)
+    trials: list[str] | str = dataclasses.field(default_factory=list)
     root: str | None = None
     held_out: int | str = 0
     every: Span = "5 %"
     keep: int = 3
     take: Literal["best", "last"] = "last"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trials, str):
+            self.trials = [self.trials]
 
 
 @dataclasses.dataclass
@@ -278,14 +321,68 @@ FREE_ON_RESUME = frozenset(
 )  # fmt: skip
 
 
+def check(config: TrainConfig) -> None:
+    """Refuses settings that no run can have, before anything is read or written.
+
+    Raises:
+        InputError: If one is missing, unknown, out of range or at odds with another; the message names it.
+    """
+    if not config.out:
+        raise InputError("out must name a folder")
+    if not config.data.train_list:
+        raise InputError("data.train_list is not set: give --data.train_list FILE")
+    check_values(config)
+    validation = config.validation
+    # A share of a short run may round to no step, which then stands for one; a span of 0 is an error.
+    if not re.search("[1-9]", str(validation.every)):
+        raise InputError(
+            f"validation.every must be steps, 'N epochs' or 'N %' of the run, and above 0, got {validation.every!r}"
+        )
+    if validation.take == "best" and not validation.keep:
+        raise InputError("validation.keep must be at least 1 with validation.take=best, got 0")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("wandb names a project, but Weights & Biases is not installed: pip install wandb")
+
+
+def check_values(config: Any, prefix: str = "") -> None:
+    """Refuses names that are not known, and numbers that make no sense whatever the other settings are.
+
+    Args:
+        config: A config, or a section of one.
+        prefix: Dotted name of the section, and a dot.
+
+    Raises:
+        InputError: Then.
+    """
+    for field, kind in get_type_hints(type(config)).items():
+        name, value = prefix + field, getattr(config, field)
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{name}.")
+        elif get_origin(kind) is Literal:
+            check_name(name, str(value), list(get_args(kind)))
+        elif value is not None:
+            for number in value if isinstance(value, list | tuple) else [value]:
+                _check_number(name, number)
+
+
+def _check_number(name: str, number: float) -> None:
+    limits = _LIMITS.get(name, {})
+    if not all(_HOLDS[word](number, limit) for word, limit in limits.items()):
+        raise InputError(f"{name} must be {' and '.join(f'{w} {limit}' for w, limit in limits.items())}, got {number}")
+
+
 def fine_tuned(config: TrainConfig) -> TrainConfig | None:
     """The second run of a config: with what differs in it, from the first one's model, in a folder within; or None.
 
     Raises:
-        TypeError: If ``fine_tuning`` has a key that the config has not.
+        InputError: If ``fine_tuning`` has a key that the first run settles.
+        TypeError: If it has one that the config has not.
     """
     if config.fine_tuning is None:
         return None
+    for name in _OF_THE_FIRST_RUN:
+        if name in config.fine_tuning:
+            raise InputError(f"fine_tuning.{name} must be left out, as the first run settles it")
     changed: TrainConfig = _changed(config, config.fine_tuning)
     out = os.path.join(config.out, "fine_tuning")
     return dataclasses.replace(changed, out=out, init_from=config.out, fine_tuning=None)

@@ -21,11 +21,8 @@ from spkfast.data.trials import hold_out
 from spkfast.errors import InputError, check_options
 from spkfast.frontends import FrontendSpec
 from spkfast.nn import Fbank, SpecAugment
-from spkfast.training.config import DataConfig, TrainConfig
+from spkfast.training.config import LEAST_ROWS, DataConfig, TrainConfig
 from spkfast.training.spans import Length
-
-# Batch norm needs two rows to have a variance.
-LEAST_ROWS = 2
 
 
 class Inputs:
@@ -98,12 +95,19 @@ class Inputs:
         for name in ("batch_size", "seed"):
             if name in options:
                 raise InputError(f"data.sampler_options: {name} is a setting of the run, give --{name}")
+        least = LEAST_ROWS * config.accumulate * world_size
         if data.sampler == "length_buckets":
-            options = {"row_multiple": LEAST_ROWS * config.accumulate * world_size, **options}
+            options = {"row_multiple": least, **options}
         self.crops_per_step = config.batch_size * config.accumulate * world_size
         sampler = samplers.create(
             data.sampler, self.corpus, batch_size=self.crops_per_step, seed=config.seed, **options
         )
+        if sampler.row_multiple < least:  # the smallest batch that it makes
+            raise InputError(
+                f"data.sampler_options: row_multiple must be at least {least}, so that each of accumulate="
+                f"{config.accumulate} parts of a step has {LEAST_ROWS} rows in each of {world_size} processes, "
+                f"got {sampler.row_multiple}"
+            )
         self.length = Length.of_run(config.steps, sampler.num_batches(0))
         self._sampler = StepSampler(sampler, self.length.steps, rank=rank, world_size=world_size)
         self._workers, self._accumulate = data.workers, config.accumulate

@@ -1,4 +1,4 @@
-"""The log of a run: files of JSON lines that outlive a kill, a resumption and a full disk."""
+"""The log of a run: files of JSON lines that outlive a kill, a resumption and a full disk, and trackers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from spkfast.training.config import TrainConfig, flatten
 
 LOG = "log.jsonl"
 VALIDATION = "validation.jsonl"
@@ -83,6 +85,21 @@ def read_log(folder: str | os.PathLike[str], name: str = LOG) -> list[dict[str, 
         return []
     with open(path, "rb") as file:
         return [entry for entry in map(_entry, file) if entry is not None]
+
+
+def trackers(config: TrainConfig) -> list[Any]:
+    """What shows the log elsewhere: ``log_with`` of an accelerate ``Accelerator``, which starts them.
+
+    TensorBoard has its files in ``out/tensorboard``, where it is installed. Weights & Biases gets the settings too, in
+    the project that ``wandb`` names.
+    """
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+    from accelerate.utils import is_tensorboard_available
+
+    made: list[Any] = [TensorBoardTracker("tensorboard", config.out)] if is_tensorboard_available() else []
+    if config.wandb:
+        made.append(WandBTracker(config.wandb, dir=config.out, config=flatten(config)))
+    return made
 
 
 def finite(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import json
 import math
@@ -22,9 +21,9 @@ from spkfast.inference import SpeakerEncoder, Threshold
 from spkfast.nn import SyncBatchNorm
 from spkfast.training import averaging, checkpoint, optimizers, schedule, task
 from spkfast.training.best import Best
-from spkfast.training.config import FREE_ON_RESUME, TrainConfig, flatten
-from spkfast.training.inputs import LEAST_ROWS, Inputs
-from spkfast.training.log import LOG, VALIDATION, RunLog, read_log
+from spkfast.training.config import FREE_ON_RESUME, TrainConfig, check, flatten
+from spkfast.training.inputs import Inputs
+from spkfast.training.log import LOG, VALIDATION, RunLog, read_log, trackers
 from spkfast.training.meter import Meter, Rates
 from spkfast.training.report import CONFIG, write_training_report
 from spkfast.training.task import Classes, SpeakerTask
@@ -32,13 +31,6 @@ from spkfast.training.validation import HELD_OUT, ListResult, Validation, mean_e
 
 __all__ = ["Progress", "Trainer", "read_log"]
 
-# Smallest sensible values.
-_LEAST = {
-    "batch_size": LEAST_ROWS, "accumulate": 1, "log_steps": 1, "seed": 0, "keep_checkpoints": 1,
-    "checkpoint_minutes": 0, "data.workers": 0, "data.max_unreadable": 0, "optimizer.lr": 0,
-    "optimizer.clip_grad_norm": 0, "loss.margin": 0, "validation.keep": 0,
-}  # fmt: skip
-_MOST = {"seed": 2**32 - 1, "data.crop_seconds": 600, "loss.margin": 1.5}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Steps in a row that fp16 may skip: the factor on the gradients, halved each time, is far below 1 then.
 _MOST_SKIPPED = 40
@@ -69,11 +61,12 @@ class Progress(NamedTuple):
 
 
 class _Launched(NamedTuple):
-    """A step whose numbers are yet to be read: reading them waits for the device."""
+    """A step whose numbers are yet to be read."""
 
     done: int
     batch: Batch
-    numbers: Tensor  # loss, accuracy, target cosine, norm of the gradient
+    numbers: Tensor  # loss, accuracy, target cosine, norm of the gradient; in the memory of the host
+    arrived: torch.cuda.Event | None  # when they are there; None where they are already
 
 
 class Trainer:
@@ -99,19 +92,26 @@ class Trainer:
         from accelerate import Accelerator
         from accelerate.utils import set_seed
 
-        _check(config)
+        check(config)
+        task.form(config.loss)
         self._config, self._warn = config, warn
         self.folder = Path(config.out)
         found = checkpoint.checkpoints(self.folder / "checkpoints")
-        if found and not config.resume:
+        has_ended = (self.folder / task.MODEL).exists()
+        if (found or has_ended) and not config.resume:
             raise InputError(
-                f"{self.folder}: holds checkpoints of an earlier run; resume it with --resume or choose another --out"
+                f"{self.folder}: holds {'checkpoints' if found else 'the model'} of an earlier run; "
+                f"{'resume it with --resume or ' if found else ''}choose another --out"
+            )
+        if has_ended and not found:
+            raise InputError(
+                f"{self.folder}: holds the model of a run that has ended, but none of its checkpoints: there is "
+                "nothing to go on from"
             )
         self._spec = frontend(config.frontend.preset, **config.frontend.options)
         self._accelerator = accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # else several processes without a GPU would not find one another
-            log_with=["tensorboard", *(["wandb"] if config.wandb else [])],
-            project_dir=str(self.folder),
+            log_with=trackers(config),
         )
         rank, processes = accelerator.process_index, accelerator.num_processes
         inputs = Inputs(config, self._spec, device=accelerator.device, rank=rank, world_size=processes, warn=warn)
@@ -120,7 +120,7 @@ class Trainer:
         self._validation = self._best = None
         if validation.trials or inputs.held:
             self._validation = Validation(
-                validation, inputs.held, sample_rate=self._spec.sample_rate, seed=config.seed, warn=warn,
+                validation, inputs.held, sample_rate=self._spec.sample_rate, seed=config.seed, rank=rank, warn=warn,
                 frame_length=self._spec.frame_length,
             )  # fmt: skip
             self._validation.check_disjoint(inputs.corpus)
@@ -156,6 +156,7 @@ class Trainer:
         }
         self._results: dict[str, ListResult] = {}
         self._skipped = 0
+        torch.manual_seed(config.seed + rank)  # as for dropout, which is each process's own
         self.first_step = self._restore(found[-1]) if found else 0
 
     @property
@@ -215,6 +216,8 @@ class Trainer:
                     window.add(values)
                     eer = mean_eer(self._results) if self._results else None
                     yield Progress(one.done, self.steps, values[0], values[1], *rates[:3], eer)
+                    if not self._task.net.training:  # whoever has taken the encoder meanwhile
+                        self._wrapped.train()
             before = None if due or validate else launched
             if due:
                 rates = meter.read()
@@ -222,7 +225,6 @@ class Trainer:
                     **window.read(accelerator), "lr": self._lr(done - 1), "margin": self._margin(done - 1),
                     **rates._asdict(),
                 }  # fmt: skip
-                entry.pop("seconds")
                 if log is not None:
                     log.write(done, entry)
                 self._track(entry, done)
@@ -236,9 +238,8 @@ class Trainer:
         self._finish()
 
     def _begin(self) -> None:
-        config, accelerator = self._config, self._accelerator
-        project = config.wandb or "tensorboard"
-        accelerator.init_trackers(project, init_kwargs={"wandb": {"dir": str(self.folder)}} if config.wandb else {})
+        accelerator = self._accelerator
+        accelerator.init_trackers("")  # each tracker knows its own
         if self.is_main_process:
             corpus = self._inputs.corpus
             found = {
@@ -283,7 +284,7 @@ class Trainer:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
-        return _Launched(done, batch, torch.cat([total, norm[None]]))
+        return _Launched(done, batch, *_to_host(torch.cat([total, norm[None]])))
 
     def _read(self, launched: _Launched) -> list[float]:
         """The numbers of a step.
@@ -291,6 +292,8 @@ class Trainer:
         Raises:
             InputError: If one is not finite; the batch is kept in a file then.
         """
+        if launched.arrived is not None:
+            launched.arrived.synchronize()
         values: list[float] = launched.numbers.tolist()
         skips = self._config.precision == "fp16"
         self._skipped = self._skipped + 1 if skips and not math.isfinite(values[3]) else 0
@@ -355,8 +358,13 @@ class Trainer:
         log.write(done, {"mean_eer_percent": mean, "seconds": seconds, "lists": lists})
         encoder.threshold = _threshold(results)
         if self._best is not None:
+
+            def save(folder: Path) -> None:
+                encoder.save(folder)
+                task.save_head(folder, self._trained.head.state_dict(), self._classes)
+
             try:
-                self._best.add(done, mean, encoder, {"lists": lists})
+                self._best.add(done, mean, save, {"lists": lists})
             except OSError as error:
                 self._warn(f"{self.folder / 'best'}: the model of step {done} could not be written ({error})")
 
@@ -415,15 +423,15 @@ class Trainer:
         from safetensors import SafetensorError
 
         if self.is_main_process:
-            encoder = self.encoder
+            encoder, head = self.encoder, self._trained.head.state_dict()
             best = self._best.best() if self._best is not None and self._config.validation.take == "best" else None
             if best is not None:
-                encoder = SpeakerEncoder.load(best, device="cpu")
+                encoder, head = SpeakerEncoder.load(best, device="cpu"), task.read_head(best / task.HEAD)[0]
             elif self._results:
                 encoder.threshold = _threshold(self._results)
             try:
-                task.save_head(self.folder, self._trained.head, self._classes)
-                encoder.save(self.folder / "model")  # last: it tells that the run has ended
+                task.save_head(self.folder, head, self._classes)
+                encoder.save(self.folder / task.MODEL)  # last: it tells that the run has ended
             except (OSError, SafetensorError) as error:  # the writer of safetensors has an error of its own
                 raise InputError(
                     f"{self.folder}: the model could not be written ({error}); the last checkpoint has it: free space, "
@@ -437,6 +445,17 @@ class Trainer:
         # Not accelerator.end_training(): another run may follow, among the same processes.
         for tracker in self._accelerator.trackers:
             tracker.finish()
+
+
+def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Numbers on their way to the host, ahead of what the device is given later, and the event of their arrival."""
+    if not numbers.is_cuda:
+        return numbers, None
+    host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(numbers.device))
+    return host, arrived
 
 
 class _Window:
@@ -463,20 +482,3 @@ def _threshold(results: dict[str, ListResult]) -> Threshold:
     """Where as many trials are wrongly accepted as refused, on speakers held out or else on the first list."""
     name = HELD_OUT if HELD_OUT in results else next(iter(results))
     return Threshold(results[name].threshold, name)
-
-
-def _check(config: TrainConfig) -> None:
-    if not config.data.train_list:
-        raise InputError("data.train_list is not set: give --data.train_list FILE")
-    values = flatten(config)
-    for name, least in _LEAST.items():
-        if not values[name] >= least:
-            raise InputError(f"{name} must be at least {least}, got {values[name]}")
-    for name, most in _MOST.items():
-        if values[name] > most:
-            raise InputError(f"{name} must be at most {most}, got {values[name]}")
-    if not config.out:
-        raise InputError("out must name a folder")
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError("wandb names a project, but Weights & Biases is not installed: pip install wandb")
-    task.form(config.loss)

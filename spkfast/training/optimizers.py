@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spkfast.errors import InputError, check_name
-from spkfast.training.config import OptimizerConfig
+from spkfast.training.config import OptimizerConfig, check_values
 
 
 def create(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -24,7 +23,7 @@ def create(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     Raises:
         InputError: If the name is unknown or a number is out of range.
     """
-    check_name("optimizer.name", config.name, ["sgd", "adam", "adamw"])
+    check_values(config, "optimizer.")
     decayed = [value for value in task.parameters() if config.decay_all or value.ndim > 1]
     others = [value for value in task.parameters() if not (config.decay_all or value.ndim > 1)]
     groups: list[dict[str, Any]] = [
@@ -32,19 +31,16 @@ def create(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
         for params, weight_decay in ((decayed, config.weight_decay), (others, 0.0))
         if params
     ]
-    try:
-        if config.name == "sgd":
-            nesterov = config.momentum > 0
-            made = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
-            if nesterov:
-                # torch's fused step makes the momentum of memory as it finds it where a GradScaler skips the first one.
-                for value in task.parameters():
-                    made.state[value]["momentum_buffer"] = torch.zeros_like(value)
-            return made
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-        return kind(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
-    except ValueError as error:
-        raise InputError(f"optimizer: {error}") from error
+    if config.name == "sgd":
+        nesterov = config.momentum > 0
+        made = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        if nesterov:
+            # torch's fused step makes the momentum of memory as it finds it where a GradScaler skips the first one.
+            for value in task.parameters():
+                made.state[value]["momentum_buffer"] = torch.zeros_like(value)
+        return made
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+    return kind(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
 
 
 def scaled(config: OptimizerConfig, value: float, crops_per_step: int) -> float:
@@ -56,12 +52,11 @@ def scaled(config: OptimizerConfig, value: float, crops_per_step: int) -> float:
         crops_per_step: Crops of a step, over all processes and accumulated batches.
 
     Raises:
-        InputError: If ``lr_batch_size`` is not positive.
+        InputError: If ``lr_batch_size`` or another number of the optimiser is out of range.
 
     Reference: Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017.
     """
+    check_values(config, "optimizer.")
     if config.lr_batch_size is None:
         return value
-    if config.lr_batch_size < 1:
-        raise InputError(f"optimizer.lr_batch_size must be at least 1, got {config.lr_batch_size}")
     return value * crops_per_step / config.lr_batch_size

@@ -27,7 +27,8 @@ def write_training_report(folder: str | os.PathLike[str]) -> Path:
 
     It is made of ``log.jsonl``, ``validation.jsonl`` and ``config.json``. That holds the settings of the run, nested or
     with dotted names, and below ``run`` what was found: ``steps``, ``speakers``, ``utterances``, ``crops_per_step``.
-    What is missing from them is missing from the report, and all figures are where matplotlib is not installed.
+    What is missing from them is missing from the report, and all figures are where matplotlib is not installed. Rates
+    are means over the ``seconds`` of the entries of the log.
 
     Args:
         folder: The run's folder.
@@ -108,11 +109,9 @@ def _summary(folder: Path, log: Entries, validations: Entries, settings: Mapping
         "utterances": settings.get("run.utterances"),
         "steps": log[-1]["step"] if log else None,
     }
-    crops = settings.get("run.crops_per_step")
-    if crops and log:
-        summary["time of training"] = duration(crops * sum(_times(log)))
-    if validations:
-        summary["time of validation"] = duration(sum(entry.get("seconds") or 0 for entry in validations))
+    for name, entries in (("time of training", log), ("time of validation", validations)):
+        if any(entry.get("seconds") for entry in entries):
+            summary[name] = duration(sum(_seconds(entry) for entry in entries))
     for name, key, factor, form in (
         ("crops per second", "crops_per_second", 1, "{:,.0f}"),
         ("loader wait", "loader_wait", 100, "{:.1f} %"),
@@ -130,20 +129,16 @@ def _summary(folder: Path, log: Entries, validations: Entries, settings: Mapping
     return {name: value for name, value in summary.items() if value is not None}
 
 
-def _times(log: Entries) -> list[float]:
-    """The time that each entry tells of, in seconds per crop of a step; 0 where the speed is not known."""
-    steps = [0, *(entry["step"] for entry in log)]
-    return [
-        (now - before) / entry["crops_per_second"] if entry.get("crops_per_second") else 0.0
-        for before, now, entry in zip(steps, steps[1:], log, strict=False)
-    ]
+def _seconds(entry: Mapping[str, Any]) -> float:
+    """The time that an entry tells of; 0 where it does not say."""
+    return entry.get("seconds") or 0.0
 
 
 def _mean(log: Entries, key: str) -> float | None:
     """Mean of a rate over the time of training: entries tell of different lengths of it."""
-    known = [(entry[key], time) for entry, time in zip(log, _times(log), strict=True) if entry.get(key) is not None]
-    total = sum(time for _, time in known)
-    return sum(value * time for value, time in known) / total if total else None
+    known = [entry for entry in log if entry.get(key) is not None]
+    total = sum(_seconds(entry) for entry in known)
+    return sum(entry[key] * _seconds(entry) for entry in known) / total if total else None
 
 
 def _table(validations: Entries) -> list[dict[str, Any]]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from spkfast.errors import InputError, check_name
-from spkfast.training.config import LossConfig, ScheduleConfig
+from spkfast.errors import InputError
+from spkfast.training.config import LossConfig, ScheduleConfig, check_values
 from spkfast.training.spans import Length, told
 
-_CURVES = ["cosine", "exponential", "cosine_restarts", "cyclic", "step", "constant"]
 _WITH_FINAL_LR = ("cosine", "exponential", "cosine_restarts", "cyclic")
 # A triangle that has a top takes two steps.
 _SHORTEST_CYCLE = {"cosine_restarts": 1, "cyclic": 2}
@@ -92,8 +91,8 @@ def check(config: ScheduleConfig, lr: float, final_lr: float, length: Length) ->
         InputError: If a span is malformed or does not fit, or a number is out of range; the message begins with the
             name of the setting.
     """
+    check_values(config, "schedule.")
     name = config.name
-    check_name("schedule.name", name, _CURVES)
     cycles = name in _SHORTEST_CYCLE
     warmup = length.span(config.warmup, "schedule.warmup")
     cycle = length.span(config.cycle, "schedule.cycle")
@@ -119,12 +118,8 @@ def check(config: ScheduleConfig, lr: float, final_lr: float, length: Length) ->
         raise InputError(
             f"schedule.warmup must be shorter than the {of} of {longest} steps, got {told(config.warmup, warmup)}"
         )
-    if cycles:
-        _check_factor("schedule.cycle_decay", config.cycle_decay)
-    if name == "step":
-        if every < 1:
-            raise InputError(f"schedule.every must be at least 1, got {told(config.every, every)}")
-        _check_factor("schedule.factor", config.factor)
+    if name == "step" and every < 1:
+        raise InputError(f"schedule.every must be at least 1, got {told(config.every, every)}")
 
 
 def margin(config: LossConfig, length: Length) -> Callable[[int], float]:
@@ -138,11 +133,12 @@ def margin(config: LossConfig, length: Length) -> Callable[[int], float]:
         A function of the step, counted from 0.
 
     Raises:
-        InputError: If a span is malformed, or the two do not come one after the other within the run.
+        InputError: If a span is malformed, the two do not come one after the other within the run, or a name or number
+            of the loss makes no sense.
     """
+    check_values(config, "loss.")
     start = length.span(config.margin_start, "loss.margin_start")
     end = length.span(config.margin_end, "loss.margin_end")
-    check_name("loss.margin_growth", config.margin_growth, ["linear", "exponential"])
     if start > end:
         raise InputError(
             f"loss.margin_start must not be after loss.margin_end, got {told(config.margin_start, start)} "
@@ -175,8 +171,3 @@ def _check_range(name: str, value: float, least: float, most: float, limit: str 
     if not least <= value <= most or math.isinf(value):
         upper = f" and at most {limit}{most}" if math.isfinite(most) else ", and finite"
         raise InputError(f"{name} must be at least {least}{upper}, got {value}")
-
-
-def _check_factor(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise InputError(f"{name} must be above 0 and at most 1, got {value}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from spkfast import models
@@ -22,9 +21,10 @@ from spkfast.nn.margin_softmax import MarginSoftmaxLoss
 from spkfast.ops.margin_softmax_loss import MarginStats, check_form
 from spkfast.reference import MarginForm
 from spkfast.reference.change_speed import ratio
-from spkfast.training.config import LossConfig, ModelConfig
+from spkfast.training.config import LossConfig, ModelConfig, TrainConfig
 
-# Beside the model/ of a finished run: weights of its classes, and whose they are.
+# Folder of the model of a finished run, and beside it: weights of its classes, and whose they are.
+MODEL = "model"
 HEAD = "head.safetensors"
 _METADATA = "spkfast"
 
@@ -95,10 +95,11 @@ def start_from(task: SpeakerTask, source: str, loss: LossConfig, spec: FrontendS
         told = ", ".join(f"{name}={theirs.get(name)!r}, the config {ours.get(name)!r}" for name in differing)
         raise InputError(f"init_from: the network of {source} has {told}")
     task.net.load_state_dict(net.state_dict())
-    path = Path(source) / HEAD
+    folder = Path(source)
+    path = (folder.parent if folder.name == MODEL else folder) / HEAD
     if not path.is_file():
         return f"the network of {source}; its speakers are not known, the head starts anew"
-    tensors, had = _read_head(path)
+    tensors, had = read_head(path)
     place = {name: k for k, name in enumerate(had.names)}
     names = classes.names
     new = [name for name in names if name not in place]
@@ -106,7 +107,10 @@ def start_from(task: SpeakerTask, source: str, loss: LossConfig, spec: FrontendS
     try:
         old.load_state_dict(tensors)
     except RuntimeError as error:
-        raise InputError(f"{path}: its classes do not fit the loss of this config ({_one_line(error)})") from error
+        raise InputError(
+            f"{path}: its classes do not fit the loss of this config: were loss.kind and loss.num_subcenters others? "
+            f"({_one_line(error)})"
+        ) from error
     place |= {name: len(place) + k for k, name in enumerate(new)}
     if new:
         old.add_speakers(len(new))
@@ -115,18 +119,51 @@ def start_from(task: SpeakerTask, source: str, loss: LossConfig, spec: FrontendS
     return f"the network of {source} and {len(names) - len(new)} of its {len(had.names)} classes; {len(new)} are new"
 
 
-def save_head(folder: Path, head: MarginSoftmaxLoss, classes: Classes) -> None:
-    """Writes the classes beside the model of a run, whole or not at all."""
+def check_continues(first: TrainConfig, second: TrainConfig) -> None:
+    """Refuses a second run that could not start from the first one's network and classes.
+
+    Raises:
+        InputError: Then.
+    """
+    for name in ("model", "frontend"):
+        if getattr(first, name) != getattr(second, name):
+            raise InputError(f"{name} must be that of the run that it starts from, whose weights it takes")
+    forms = [
+        {name: value.shape for name, value in _head(one.loss, 4, 2).state_dict().items()} for one in (first, second)
+    ]
+    if forms[0] != forms[1]:
+        raise InputError("loss.kind and loss.num_subcenters must be such that it can take the classes of the first run")
+
+
+def save_head(folder: Path, state: Mapping[str, Tensor], classes: Classes) -> None:
+    """Writes the state of a head and its classes into the folder of a run, whole or not at all."""
     from safetensors.torch import save_file
 
     facts = {"speakers": list(classes.speakers), "speeds": list(classes.speeds)}
     partial = folder / f".{HEAD}.partial"
-    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     try:
         save_file(tensors, partial, metadata={_METADATA: json.dumps(facts)})
         os.replace(partial, folder / HEAD)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_head(path: Path) -> tuple[dict[str, Tensor], Classes]:
+    """What :func:`save_head` wrote.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[_METADATA])
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, Classes(facts["speakers"], facts["speeds"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({_one_line(error)})") from error
 
 
 def form(config: LossConfig) -> MarginForm:
@@ -146,18 +183,6 @@ def form(config: LossConfig) -> MarginForm:
 
 def _head(loss: LossConfig, embedding_dim: int, classes: int) -> MarginSoftmaxLoss:
     return MarginSoftmaxLoss(embedding_dim, classes, **form(loss)._asdict())
-
-
-def _read_head(path: Path) -> tuple[dict[str, Any], Classes]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[_METADATA])
-            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, Classes(facts["speakers"], facts["speeds"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read ({_one_line(error)})") from error
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

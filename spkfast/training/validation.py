@@ -66,6 +66,7 @@ class Validation:
         held: Utterances of the speakers held out; None for none.
         sample_rate: Rate of the front-end in Hz.
         seed: Seed of the trials among speakers held out.
+        rank: Number of this process; the first one alone warns, as all find the same.
         warn: Called with a line for what is doubtful.
         frame_length: Samples of a frame of the front-end; a shorter utterance is refused.
 
@@ -85,10 +86,11 @@ class Validation:
         *,
         sample_rate: int,
         seed: int,
+        rank: int = 0,
         warn: Callable[[str], None] = lambda message: None,
         frame_length: int = 1,
     ) -> None:
-        self._warn = warn
+        self._warn = warn if rank == 0 else lambda message: None
         self._sample_rate, self._frame_length = sample_rate, frame_length
         self._lists: dict[str, _List] = {}
         self._place: dict[tuple[Any, ...], int] = {}

@@ -34,7 +34,7 @@ def add(best, encoder, step, eer):
     """The model of a step is told by its weights."""
     with torch.no_grad():
         encoder.model.get_parameter(FIRST).fill_(step)
-    best.add(step, eer, encoder, {"lists": {"dev": eer}})
+    best.add(step, eer, encoder.save, {"lists": {"dev": eer}})
 
 
 def contents(folder):
@@ -208,7 +208,7 @@ def test_full_disk_loses_nothing(encoder, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             with pytest.raises(OSError):
-                best.add(20, 4.0, encoder, {"much": "x" * 1_000_000})
+                best.add(20, 4.0, encoder.save, {"much": "x" * 1_000_000})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert contents(folder) == before and os.listdir(folder) == ["step_00000010"]
@@ -219,7 +219,7 @@ def test_full_disk_loses_nothing(encoder, tmp_path):
 def test_facts_that_cannot_be_written_leave_nothing(encoder, tmp_path):
     best = Best(tmp_path / "best", 1)
     with pytest.raises(ValueError, match="JSON"):
-        best.add(10, 5.0, encoder, {"loss": float("nan")})
+        best.add(10, 5.0, encoder.save, {"loss": float("nan")})
     assert best.best() is None and not (tmp_path / "best").exists()
 
 

@@ -1,4 +1,4 @@
-"""The log of a run: what a kill, a resumption, a full disk and numbers out of range leave in it."""
+"""The log of a run: what a kill, a resumption, a full disk and numbers out of range leave in it; and trackers."""
 
 import json
 import math
@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
+from accelerate import Accelerator
 
-from spkfast.training.log import LOG, VALIDATION, RunLog, finite, read_log
+from spkfast.training.config import TrainConfig
+from spkfast.training.log import LOG, VALIDATION, RunLog, finite, read_log, trackers
 
 
 def steps(folder, name=LOG):
@@ -104,6 +107,29 @@ def test_without_a_function_to_call_the_full_disk_is_a_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         log.write(40, {})
+
+
+def test_each_tracker_has_its_own_place_and_weights_and_biases_the_settings(tmp_path, monkeypatch):
+    begun, logged = [], []
+
+    def init(**settings):
+        begun.append(settings)
+        return SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = TrainConfig(out=str(tmp_path / "run"), wandb="speakers", steps=3)
+    accelerator = Accelerator(cpu=True, log_with=trackers(config))
+    assert not (tmp_path / "run").exists()  # nothing begins before it is asked for
+    accelerator.init_trackers("")
+    accelerator.log({"loss": 1.5}, step=20)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tensorboard"]
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents*"))
+    assert [(one["project"], one["dir"], one["config"]["steps"]) for one in begun] == [("speakers", config.out, 3)]
+    assert logged == [(20, {"loss": 1.5})]
+    config.wandb = None
+    assert [tracker.name for tracker in trackers(config)] == ["tensorboard"]
 
 
 def test_a_place_that_cannot_be_written_is_an_error_at_the_start(tmp_path):

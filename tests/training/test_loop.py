@@ -8,6 +8,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from spkfast import SpeakerEncoder
+from spkfast.cli.train import main
 from spkfast.errors import InputError
 from spkfast.training.config import TrainConfig, fine_tuned
 from spkfast.training.log import VALIDATION, read_log
@@ -135,7 +137,38 @@ def test_validates_keeps_the_best_and_sets_a_threshold(corpus, tmp_path):
     best = tmp_path / "best"
     trained(dataclasses.replace(made, out=str(best), validation=dataclasses.replace(made.validation, take="best")))
     place = out / "best" / f"step_{ranked[0]['step']:08d}"
+    assert ranked[0]["step"] < 12  # not the last one
     assert all(map(torch.equal, model(best).values(), load_file(place / "model.safetensors").values()))
+    heads = [load_file(folder / "head.safetensors")["weight"] for folder in (best, place, out)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_who_takes_the_encoder_meanwhile_changes_nothing(corpus, tmp_path):
+    trained(config(corpus, tmp_path / "run"))
+    trainer = Trainer(config(corpus, tmp_path / "watched"))
+    for _ in trainer.run():
+        assert not trainer.encoder.model.training
+    assert all(map(torch.equal, model(tmp_path / "run").values(), model(tmp_path / "watched").values()))
+
+
+def test_random_numbers_of_a_network_go_on_where_they_were(corpus, tmp_path):
+    """As of dropout; a reading process is given its seed from the same numbers."""
+
+    def dropout(module, inputs, output):
+        return torch.nn.functional.dropout(output, 0.3, module.training)
+
+    def run(out: Path, end: int | None = None, **changes) -> None:
+        made = config(corpus, out, checkpoint_minutes=0, data__workers=1, **changes)
+        trainer = Trainer(made)
+        trainer._task.net.register_forward_hook(dropout)
+        for progress in trainer.run():
+            if progress.step == end:
+                break
+
+    run(tmp_path / "whole")
+    run(tmp_path / "parts", 7)
+    run(tmp_path / "parts", resume=True)
+    assert all(map(torch.equal, model(tmp_path / "whole").values(), model(tmp_path / "parts").values()))
 
 
 def test_fine_tuning_starts_from_the_first_run_and_drops_its_copies_at_other_speeds(corpus, tmp_path):
@@ -166,12 +199,43 @@ def test_fine_tuning_starts_from_the_first_run_and_drops_its_copies_at_other_spe
     assert not any(torch.equal(before[name], after[name]) for name in before if "running_mean" in name)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data": {"crop_seconds": 0.01}}, "shorter than one frame"),
+        ({"loss": {"margin_end": "2 weeks"}}, "loss.margin_end must be"),
+        ({"averaging": {"name": "last", "every": 0}}, "averaging.every"),
+        ({"model": {"options": {"channels": 32}}}, "model must be that of the run"),
+        ({"frontend": {"preset": "taoruijie"}}, "frontend must be that of the run"),
+        ({"loss": {"num_subcenters": 2}}, "num_subcenters must be such"),
+    ],
+)
+def test_what_a_second_run_is_given_is_seen_before_the_first(corpus, tmp_path, changes, message):
+    made = config(corpus, tmp_path / "run", fine_tuning=changes)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(made) | {"optimizer": {"lr": 0.05}}))
+    with pytest.raises(InputError, match=f"^fine_tuning: .*{message}"):
+        main([str(file)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_written_over(corpus, tmp_path):
+    out = tmp_path / "run"
+    trained(config(corpus, out, steps=3))
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(InputError, match=r"holds the model of an earlier run; choose another --out"):
+        Trainer(config(corpus, out, steps=3))
+    with pytest.raises(InputError, match=r"none of its checkpoints"):
+        Trainer(config(corpus, out, steps=3, resume=True))
+    assert read_log(out)
+
+
 def test_new_speakers_get_new_classes(corpus, tmp_path):
     trained(config(corpus, tmp_path / "old", steps=3))
     lines = (corpus / "train_list.txt").read_text().splitlines()
     renamed = [line.replace("spk0 ", "someone ") for line in lines]
     (corpus / "renamed.txt").write_text("\n".join(renamed) + "\n")
-    made = config(corpus, tmp_path / "new", steps=3, init_from=str(tmp_path / "old"))
+    made = config(corpus, tmp_path / "new", steps=3, init_from=str(tmp_path / "old" / "model"))
     made.data.train_list = str(corpus / "renamed.txt")
     warnings: list[str] = []
     new = Trainer(made, warn=warnings.append)

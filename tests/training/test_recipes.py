@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from spkfast.cli.train import main, parse
+from spkfast.training import averaging, optimizers, schedule
+from spkfast.training.config import TrainConfig, check, fine_tuned
 from spkfast.training.log import read_log
+from spkfast.training.spans import Length
 from tests.training.corpus import make_tones
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -39,6 +44,39 @@ def test_says_its_corpus_its_published_rate_and_its_command(name):
     words = re.sub(r"\n# +", " ", command).replace("'", "").split()
     config, _ = parse([str(FOLDER / f"{name}.yaml"), *words[1:]])
     assert config.data.train_list
+
+
+def assert_fits(config: TrainConfig) -> None:
+    """That a run takes its numbers, and that its spans fit its length, of whatever corpus of a thousand batches."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_list="list"))
+    check(config)
+    length = Length.of_run(config.steps, 1000)
+    rates = [optimizers.scaled(config.optimizer, rate, 64) for rate in (config.optimizer.lr, config.schedule.final_lr)]
+    schedule.learning_rate(config.schedule, *rates, length)
+    schedule.margin(config.loss, length)
+    averaging.create(config.averaging, torch.nn.Linear(1, 1), length)
+    assert length.span(config.validation.every, "validation.every") > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_spans_of_both_runs_fit(name):
+    config, _ = parse([str(FOLDER / f"{name}.yaml")])
+    for run in (config, fine_tuned(config)):
+        if run is not None:
+            assert_fits(run)
+
+
+@pytest.mark.parametrize("name", ["wespeaker_ecapa512", "wespeaker_ecapa1024"])
+def test_the_page_has_the_fine_tuning_of_the_recipes(name):
+    page = (FOLDER.parent / "docs" / "training.md").read_text()
+    block = re.search(r"```yaml\n(fine_tuning:.*?)```", page, re.DOTALL)[1]
+    assert yaml.safe_load(block)["fine_tuning"] == yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["fine_tuning"]
+
+
+def test_the_penalty_on_the_hardest_speakers_is_that_of_espnet_at_the_margin():
+    """0.06 for each 0.2 of margin."""
+    loss = parse([str(FOLDER / "espnet_ecapa_mel.yaml")])[0].loss
+    assert loss.topk_margin == pytest.approx(0.06 * loss.margin / 0.2)
 
 
 @pytest.mark.full

@@ -23,14 +23,14 @@ CAPTIONS = [
 
 def write_log(folder):
     log = RunLog(folder / LOG, 0)
-    # Of 5 crops a step: twice 20 steps in a second, then 80 in two.
-    for step, speed, wait in ((20, 100.0, 0.1), (40, 100.0, 0.1), (120, 200.0, 0.3)):
+    # Steps differ in crops, as those of length buckets do: 200 crops in 2 s, 300 in 1 s, 100 in 5 s.
+    for step, speed, seconds, wait in ((20, 100.0, 2.0, 0.1), (40, 300.0, 1.0, 0.1), (120, 20.0, 5.0, 0.3)):
         log.write(
             step,
             {
                 "loss": 100 / step, "accuracy": step / 100, "target_cosine": 0.5,
                 "grad_norm": math.inf if step == 40 else 2.0, "lr": 0.1, "margin": 0.1, "crops_per_second": speed,
-                "loader_wait": wait, "device_busy": 1 - wait,
+                "loader_wait": wait, "device_busy": 1 - wait, "seconds": seconds,
             },
         )  # fmt: skip
 
@@ -82,9 +82,9 @@ def test_whole_report(tmp_path):
     assert "<h1>Training of ecapa_tdnn</h1>" in text and captions(text) == CAPTIONS
     assert summary(text) == {
         "run": str(tmp_path), "training data": "lists/train &lt;2&gt;.txt", "speakers": "205", "utterances": "12,345",
-        "steps": "120", "time of training": "4 s", "time of validation": "90 s",
-        # Means over time: 600 crops in 4 s; (0.1 + 0.1 + 2 * 0.3) / 4.
-        "crops per second": "150", "loader wait": "20.0 %", "device busy": "80.0 %",
+        "steps": "120", "time of training": "8 s", "time of validation": "90 s",
+        # Means over time: 600 crops in 8 s; (2 * 0.1 + 0.1 + 5 * 0.3) / 8.
+        "crops per second": "75", "loader wait": "22.5 %", "device busy": "77.5 %",
         "lowest mean EER": "4.00 % (step 40)", "final mean EER": "5.00 % (step 60)",
     }  # fmt: skip
     assert rows(text) == [

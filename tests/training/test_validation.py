@@ -58,11 +58,11 @@ def write_trials(file, pairs):
     file.write_text("".join(f"{int(a.split('/')[0] == b.split('/')[0])} {a} {b}\n" for a, b in pairs))
 
 
-def make(*lists, held=None, warn=None, sample_rate=16000, seed=0, frame_length=1, **config):
+def make(*lists, held=None, warn=None, sample_rate=16000, seed=0, rank=0, frame_length=1, **config):
     told = []
     config = ValidationConfig(trials=[str(one) for one in lists], **config)
     found = Validation(
-        config, held, sample_rate=sample_rate, seed=seed, warn=warn or told.append, frame_length=frame_length
+        config, held, sample_rate=sample_rate, seed=seed, rank=rank, warn=warn or told.append, frame_length=frame_length
     )
     assert warn or not told
     return found
@@ -176,6 +176,18 @@ def test_speakers_that_are_trained_on_are_told(tones):
     told.clear()
     lists.check_disjoint(Corpus([Entry("other", "x", "x.wav")]))
     assert not told
+
+
+def test_one_of_several_processes_warns(tones, tmp_path):
+    shutil.copytree(tones, tmp_path / "x")
+    samples, _ = soundfile.read(tmp_path / "x/spk0/s/2.wav", dtype="int16")
+    soundfile.write(tmp_path / "x/spk0/s/2.wav", samples[::2], 8000)
+    told: dict[int, list[str]] = {0: [], 1: []}
+    for rank, lines in told.items():
+        make(tmp_path / "x/some.txt", warn=lines.append, rank=rank).check_disjoint(
+            read_corpus(tones / "train_list.txt")
+        )
+    assert len(told[0]) == 2 and not told[1]
 
 
 def test_other_rates_are_told_and_resampled(tones, tmp_path, encoder, scored):

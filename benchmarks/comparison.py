@@ -46,7 +46,7 @@ def call_of(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor |
 
 
 def peaks_of(contenders: Mapping[str, Call], *, gradients_of: Sequence[Tensor] = ()) -> dict[str, int | None]:
-    """Bytes that each needs above its inputs and their gradients; before ``timing.keep_memory``."""
+    """Bytes that each needs above its inputs and their gradients; before ``keep_freed_memory``."""
     kept = sum(value.nbytes for value in gradients_of)
     peaks = {}
     for name, call in contenders.items():

@@ -14,7 +14,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak_bytes(call: Callable[[], object]) -> int | None:
     """The most that the resident memory of the process grows by while ``call`` runs, its results included.
 
-    Whoever allocates counts, torch or not. To be asked before ``timing.keep_memory``, after which the heap has holes
+    Whoever allocates counts, torch or not. To be asked before ``keep_freed_memory``, after which the heap has holes
     that a call may or may not fit into. None where the kernel does not tell.
     """
     gc.collect()

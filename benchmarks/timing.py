@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import statistics
@@ -59,15 +57,6 @@ class Figure:
             self.at_most is None or self.value <= self.at_most
         )
         return "met" if kept else "missed"
-
-
-def keep_memory() -> None:
-    """Has glibc keep freed memory in the process: else whether a call gets fresh pages, which cost as much as a kernel
-    that fills them, depends on what the contender before it freed."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def interleaved(

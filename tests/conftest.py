@@ -37,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"SPKFAST_REQUIRE knows {', '.join(REQUIREMENTS)}, got {', '.join(unknown)}")
 
 
+@pytest.fixture(autouse=True)
+def _allocator_as_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``spkfast train`` changes the allocator of its process for good, and so that of the tests after it."""
+    monkeypatch.setattr("spkfast.cli.train.keep_freed_memory", lambda: None)
+
+
 @pytest.fixture(name="require", scope="session")
 def _require() -> Callable[[str, bool, str], None]:
     return require

@@ -38,6 +38,7 @@ from spkfast.data.manifests import read_corpus
 from spkfast.data.reading import CropDataset, Loader, collate
 from spkfast.data.recipes import Recipe, recipe
 from spkfast.frontends import frontend
+from spkfast.memory import keep_freed_memory
 from spkfast.nn import Fbank
 
 _SECONDS, _RATE = 2.0, 16000
@@ -178,7 +179,7 @@ def main() -> None:
     root = os.environ.get("SPKFAST_SPEECH")
     if not root:
         raise SystemExit("nothing measured: SPKFAST_SPEECH names no folder of speech")
-    timing.keep_memory()
+    keep_freed_memory()
     machine = describe_machine()
     results = ops(args.repeats)
     with tempfile.TemporaryDirectory() as name:

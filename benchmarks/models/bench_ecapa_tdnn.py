@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks import comparison, timing
 from benchmarks.machine import describe_machine
 from spkfast import models
+from spkfast.memory import keep_freed_memory
 from spkfast.models import SpeakerModel
 
 _THREADS = 2
@@ -29,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(_THREADS)
-    timing.keep_memory()
+    keep_freed_memory()
     machine = describe_machine()
     results = [_row(dialect, args.repeats) for dialect in _DIALECTS]
     if args.out:

@@ -33,6 +33,7 @@ from benchmarks.peers import pipeline
 from benchmarks.peers.pipeline import Size
 from benchmarks.peers.worker import Worker
 from benchmarks.timing import Figure, Timing
+from spkfast.memory import keep_freed_memory
 
 _THREADS = 2
 _PAUSE_SECONDS = 0.02  # before each turn: threads of the contender before it stop spinning
@@ -60,9 +61,10 @@ _REMARK = (
     "beforehand, or FLAC, which spkfast decodes in one loader process and the usual way where it augments. Loader "
     f"processes read up to {pipeline.PREFETCH} batches ahead, and rest while others have their turn. Contenders ran in "
     "processes of their own; a turn is one step that does not count and then those that do, of which a time is the "
-    "mean. The allocator is as it is delivered, and as a training run has it: it takes fresh pages for each large "
-    "tensor, of which plain torch makes more. Where *memory* is *kept* it keeps them in the process, which few people "
-    "know to ask for; these rows have no goals. *From features* is a step without what comes before the network. The "
+    "mean. spkfast keeps freed memory in the process, as `spkfast train` has it; the usual way has the allocator as "
+    "it is delivered, which takes fresh pages for each large tensor. Where *memory* is *kept* the usual way keeps it "
+    "too, which few people know to ask for; these rows have no goals. *From features* is a step without what comes "
+    "before the network. The "
     "largest error is the difference of crops of speed 1 augmented in both ways, relative to the largest sample; crops "
     f"of other speeds pass another filter in each, and have a cosine of at least {_LEAST_COSINE:g}. The other errors "
     "are those of the first step, from the same features and weights, against the definition in float64: of the "
@@ -77,7 +79,7 @@ class _Row(NamedTuple):
 
     Attributes:
         source: What crops are read from.
-        keep_memory: Whether processes keep memory that they freed; see :func:`benchmarks.timing.keep_memory`.
+        keep_memory: Whether the usual way too keeps memory that it freed; see :func:`spkfast.memory.keep_freed_memory`.
         goal: Least ratio of the usual way and spkfast, or None.
     """
 
@@ -146,6 +148,7 @@ def main() -> None:
         raise SystemExit("nothing measured: SPKFAST_SPEECH names no folder of speech")
 
     torch.set_num_threads(_THREADS)
+    keep_freed_memory()  # parts of a step are timed in this process
     machine = describe_machine()
     results = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -212,7 +215,9 @@ def row(prepared: _Prepared, case: str, precision: str, kind: _Row, repeats: int
 
         def start(function: str, **options: Any) -> Worker:
             builder = f"{pipeline.__name__}:{function}"
-            worker = Worker(builder, common | options, threads=_THREADS, keep_memory=kind.keep_memory)
+            # As 'spkfast train' has it.
+            keep = kind.keep_memory or function == "spkfast"
+            worker = Worker(builder, common | options, threads=_THREADS, keep_memory=keep)
             return stack.enter_context(worker)
 
         tried = {str(one): start("usual_way", **one._asdict(), source=kind.source) for one in _ARRANGEMENTS}

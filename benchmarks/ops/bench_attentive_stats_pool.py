@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, comparison, shapes, timing
+from benchmarks import baselines, comparison, shapes
 from benchmarks.comparison import Call
 from benchmarks.machine import describe_machine
 from benchmarks.timing import Figure
 from spkfast import functional
+from spkfast.memory import keep_freed_memory
 
 _THREADS = 2
 _SHORT_CALLS = 10  # in a row, for what takes about a millisecond
@@ -68,7 +69,7 @@ def main() -> None:
         gradient: comparison.peaks_of(_contenders(_SETTINGS[0], gradient), gradients_of=inputs if gradient else ())
         for gradient in (False, True)
     }
-    timing.keep_memory()
+    keep_freed_memory()
     results = []
     for setting in _SETTINGS:
         for gradient in (False, True):

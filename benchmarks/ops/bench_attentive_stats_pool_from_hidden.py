@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, comparison, shapes, timing
+from benchmarks import baselines, comparison, shapes
 from benchmarks.comparison import Call
 from benchmarks.machine import describe_machine
 from spkfast import functional
+from spkfast.memory import keep_freed_memory
 from spkfast.nn import poolings
 
 _THREADS = 2
@@ -41,7 +42,7 @@ def main() -> None:
         gradient: comparison.peaks_of(_pools(gradient), gradients_of=_op_inputs() if gradient else ())
         for gradient in (False, True)
     }
-    timing.keep_memory()
+    keep_freed_memory()
     results = [_module_row(module_peaks, args.repeats)]
     results += [_op_row(gradient, op_peaks[gradient], args.repeats) for gradient in (False, True)]
     if args.out:

@@ -20,6 +20,7 @@ from benchmarks import baselines, shapes, timing
 from benchmarks.machine import describe_machine
 from benchmarks.timing import Figure
 from spkfast import FrontendSpec, functional
+from spkfast.memory import keep_freed_memory
 
 # Both on average: the largest error is that of one bin in which the signal cancels, whoever computes it.
 _OURS = 4.0  # times the error of the float32 definition
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
-    timing.keep_memory()
+    keep_freed_memory()
     torch.set_num_threads(1)
     machine = describe_machine()
     results = []

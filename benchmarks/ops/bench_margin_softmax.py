@@ -26,6 +26,7 @@ from benchmarks.peers.heads import Head
 from benchmarks.peers.worker import Contender, Worker
 from benchmarks.timing import Figure, Timing
 from spkfast import functional
+from spkfast.memory import keep_freed_memory
 from spkfast.reference import MarginForm
 from spkfast.reference import margin_softmax_loss as definition
 
@@ -79,7 +80,7 @@ def rows(speakers: int, batch: int, most_speakers: int, repeats: int) -> list[di
     peak_alone = _peaks(alone, Head(1, 0), most_speakers)
     found = [_row(name, head, speakers, batch, peaks[name], repeats) for name, head in _HEADS.items()]
     found.append(_row_alone(most_speakers, batch // 4, alone, peak_alone, repeats))
-    timing.keep_memory()
+    keep_freed_memory()
     return [*found, *(_row(name + _KEPT, head, speakers, batch, None, repeats) for name, head in _HEADS.items())]
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import comparison, timing
+from benchmarks import comparison
 from benchmarks.comparison import Call
 from benchmarks.machine import describe_machine
 from benchmarks.ops.bench_tdnn_layer import TYPES, drawn_layer, eager_layer, frames, in_inference, prepacked_products
 from spkfast import functional
+from spkfast.memory import keep_freed_memory
 from spkfast.ops.se_res2net_block import BlockForm, pack_block, run_block
 from spkfast.reference import Precision, SERes2NetParams, TdnnParams
 
@@ -33,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(_THREADS)
-    timing.keep_memory()
+    keep_freed_memory()
     machine = describe_machine()
     results = [
         _row(channels, batch, precision, args.repeats)

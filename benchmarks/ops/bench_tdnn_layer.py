@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import comparison, timing
+from benchmarks import comparison
 from benchmarks.comparison import Call
 from benchmarks.machine import describe_machine
 from spkfast import functional
+from spkfast.memory import keep_freed_memory
 from spkfast.ops.tdnn_layer import pack_tdnn_layer
 from spkfast.reference import Precision, TdnnParams
 
@@ -59,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(_THREADS)
-    timing.keep_memory()
+    keep_freed_memory()
     machine = describe_machine()
     results = [
         _row(size, channels, batch, precision, args.repeats)

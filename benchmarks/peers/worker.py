@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import timing
+from spkfast.memory import keep_freed_memory
 
 _ROOT = Path(__file__).parents[2]
 _END_SECONDS = 30
@@ -47,7 +48,7 @@ class Worker:
         builder: ``module:function`` of what makes the :class:`Contender`.
         options: Its keywords.
         threads: Threads of the OpenMP runtimes.
-        keep_memory: Whether the process keeps freed memory; see :func:`benchmarks.timing.keep_memory`.
+        keep_memory: Whether the process keeps freed memory; see :func:`spkfast.memory.keep_freed_memory`.
 
     Attributes:
         absent: Why there is no contender; empty where there is one.
@@ -108,7 +109,7 @@ def _main() -> None:
 
     builder, options, keep_memory = pickle.load(sys.stdin.buffer)
     if keep_memory:
-        timing.keep_memory()
+        keep_freed_memory()
     module, function = builder.split(":")
     try:
         contender = getattr(importlib.import_module(module), function)(**options)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from spkfast.cli.common import meter, print_result, shown_rates
 from spkfast.errors import InputError, nearest
+from spkfast.memory import keep_freed_memory
 from spkfast.training.config import TrainConfig, fine_tuned, flatten
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ HELP = "train a speaker network, or resume a run that was cut off"
 def main(argv: list[str]) -> None:
     """Runs ``spkfast train``."""
     config, as_json = parse(argv)
+    keep_freed_memory()
     second = fine_tuned(config)
     if second is not None:
         _check_second(config, second)

@@ -376,10 +376,11 @@ def _benchmark(part: str, device_name: str) -> dict[str, Any]:
 
 def _network(name: str, device: str) -> dict[str, Any]:
     from benchmarks.data import bench_augmentation_gpu
-    from benchmarks.models import bench_ecapa_gpu
+    from benchmarks.models import bench_ecapa_gpu, bench_training_gpu
 
-    module = bench_augmentation_gpu if name in bench_augmentation_gpu.PARTS else bench_ecapa_gpu
-    return module.measure(name, device)
+    modules = (bench_ecapa_gpu, bench_augmentation_gpu, bench_training_gpu)
+    measure: Callable[[str, str], dict[str, Any]] = next(one.measure for one in modules if name in one.PARTS)
+    return measure(name, device)
 
 
 def _graph_time(run: Callable[[], object]) -> dict[str, Any]:

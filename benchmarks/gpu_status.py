@@ -22,9 +22,9 @@ _ENTRIES = {
     "native": ("kernels/cuda/{op}.cu", "csrc/cuda/{op}.cpp"),
     "triton": ("kernels/triton/{op}.py",),
 }
-# Of whole networks by part of benchmarks/models/bench_ecapa_gpu.py and of the batches that go in, by part of
-# benchmarks/data/bench_augmentation_gpu.py: the ratio ``peer / ours``, or ``what of whom``, and
-# the bound that it is to keep, where there is one.
+# By part of benchmarks/models/bench_ecapa_gpu.py (whole networks), benchmarks/data/bench_augmentation_gpu.py (the
+# batches that go in) and benchmarks/models/bench_training_gpu.py (a training run): the ratio ``peer / ours``, or
+# ``what of whom``, and the bound that it is to keep, where there is one.
 FIGURES: dict[str, dict[str, dict[str, float]]] = {
     "embeddings, 512 channels": {
         "torch eager bf16 / spkfast bf16": {"at_least": 3.0},
@@ -56,6 +56,11 @@ FIGURES: dict[str, dict[str, dict[str, float]]] = {
         "milliseconds of spkfast, draws included": {},
         "milliseconds of spkfast, int16 to waveforms": {},
         "milliseconds of spkfast, waveforms to features": {},
+    },
+    "training, from files": {
+        "usual way / spkfast": {"at_least": 1.8},
+        "percent loader wait of spkfast": {"at_most": 5.0},
+        "utterances/s of spkfast": {},
     },
 }
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
@@ -140,12 +145,14 @@ def page(root: Path = ROOT, folder: Path = RESULTS) -> str:
         "|---|---|---|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
-        "## Whole networks, and the batches that go in",
+        "## Whole networks, the batches that go in, and training",
         "",
         "ECAPA-TDNN beside plain torch in one run, as `benchmarks/models/bench_ecapa_gpu.py` measures it: embeddings",
         "of 256 utterances of 200 frames, the latency of one, a training step of 512. And 512 crops of 2 s of int16",
         "that change their speed, get a room and a noise, and become features, by",
-        "`benchmarks/data/bench_augmentation_gpu.py`. What errs too much counts in no figure.",
+        "`benchmarks/data/bench_augmentation_gpu.py`. And training runs from FLAC files, batches of 512, of this",
+        "project's loop and of the usual pipeline, by `benchmarks/models/bench_training_gpu.py`, which needs scipy,",
+        "soundfile and accelerate too. What errs too much counts in no figure.",
         "",
         "| part | figure | value | goal | status | GPU | date | result |",
         "|---|---|---|---|---|---|---|---|",

@@ -137,7 +137,8 @@ def figures_of(name: str, rows: Mapping[str, Mapping[str, Any]]) -> list[Figure]
         if whom in counted:
             row = counted[whom]
             factors = {"milliseconds": 1.0, "microseconds": 1e3}
-            value = factors[what] * row["median_ms"] if what in factors else row["utterances_per_s"]
+            kinds = {"utterances/s": "utterances_per_s", "percent loader wait": "loader_wait_percent"}
+            value = factors[what] * row["median_ms"] if what in factors else row[kinds[what]]
             figures.append(Figure(figure, value, **goal))
     return figures
 

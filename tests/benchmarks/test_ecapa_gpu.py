@@ -13,6 +13,7 @@ from benchmarks import gpu_check, gpu_status
 from benchmarks.data import bench_augmentation_gpu
 from benchmarks.gpu_status import FIGURES
 from benchmarks.models import bench_ecapa_gpu as bench
+from benchmarks.models import bench_training_gpu
 from benchmarks.timing import Figure
 
 EMBEDDINGS, TRAINING, LATENCY = "embeddings, 512 channels", "training, 512 channels", "latency, 512 channels"
@@ -20,7 +21,7 @@ PEERS = {"torch eager bf16", "torch.compile bf16"}
 
 
 def test_every_part_has_figures() -> None:
-    assert [*bench.PARTS, *bench_augmentation_gpu.PARTS] == list(FIGURES)
+    assert [*bench.PARTS, *bench_augmentation_gpu.PARTS, *bench_training_gpu.PARTS] == list(FIGURES)
 
 
 def test_augmentation_on_a_cpu() -> None:
@@ -28,6 +29,15 @@ def test_augmentation_on_a_cpu() -> None:
     result = bench_augmentation_gpu.measure(name, "cpu")
     assert [figure["name"] for figure in result["figures"]] == list(FIGURES[name])
     assert all(row["counts"] and row["max_error"] == 0 for row in result["contenders"].values())
+    json.dumps(result)
+
+
+def test_training_from_files_on_a_cpu() -> None:
+    (name,) = bench_training_gpu.PARTS
+    result = bench_training_gpu.measure(name, "cpu")
+    assert [figure["name"] for figure in result["figures"]] == list(FIGURES[name])
+    ours, usual = (result["contenders"][key] for key in ("spkfast", "usual way"))
+    assert ours["repeats"] == usual["repeats"] == 2 and 0 <= ours["loader_wait_percent"] <= 100
     json.dumps(result)
 
 

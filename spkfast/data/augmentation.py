@@ -265,7 +265,8 @@ class Augment(nn.Module):
         if isinstance(step, Scaled):
             return x.mul_(values[0][:, None])
         if isinstance(step, Companded):
-            return _companded(x, *values)
+            rows = step.laws.nonzero().flatten().to(x.device, non_blocking=True)  # few, and known to the host
+            return x.index_copy_(0, rows, _companded(*(value.index_select(0, rows) for value in (x, *values))))
         peaks = torch.maximum(x.amax(dim=1), -x.amin(dim=1))
         return x.div_(torch.where(values[0] > 0, peaks + values[0], 1.0)[:, None])
 
@@ -404,7 +405,7 @@ def _band_pass(band_hz: tuple[float, float], sample_rate: int) -> np.ndarray:
 def _companded(x: Tensor, laws: Tensor, codes: Tensor) -> Tensor:
     """Rows quantised on a logarithmic scale."""
     mu, a = 255.0, 87.6
-    law, code = laws[:, None], codes[:, None].clamp_min(1)
+    law, code = laws[:, None], codes[:, None]
     magnitude = x.abs().clamp_max(1.0)
     by_mu = torch.log1p(mu * magnitude) / math.log1p(mu)
     by_a = torch.where(magnitude < 1 / a, a * magnitude, 1 + torch.log((a * magnitude).clamp_min(1.0))) / (
@@ -414,4 +415,4 @@ def _companded(x: Tensor, laws: Tensor, codes: Tensor) -> Tensor:
     from_mu = torch.expm1(level * math.log1p(mu)) / mu
     scaled = level * (1 + math.log(a))
     from_a = torch.where(scaled < 1, scaled, torch.exp((scaled - 1).clamp_min(0.0))) / a
-    return torch.where(law == 0, x, torch.where(law == 1, from_mu, from_a).copysign(x))
+    return torch.where(law == 1, from_mu, from_a).copysign(x)

@@ -21,13 +21,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks import checkout, comparison
 from benchmarks.models.bench_ecapa_gpu import figures_of
@@ -164,13 +163,16 @@ def usual_run(folder: Path, size: Size, device: torch.device) -> list[float]:
     head = heads.Head(subcenters=1, topk=0, margin=0.2, scale=32.0)
     parameters = [*net.parameters(), weight]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
+    crops = _Crops(folder, size)
+    # As of a large corpus: at the end of an epoch nothing is read ahead.
+    sampler = RandomSampler(crops, replacement=True, num_samples=size.steps * size.batch)
     loader = DataLoader(
-        _Crops(folder, size), batch_size=size.batch, shuffle=True, drop_last=True, num_workers=max(1, _cores() - 1),
-        pin_memory=device.type == "cuda", persistent_workers=True,
+        crops, batch_size=size.batch, sampler=sampler, num_workers=max(1, _cores() - 1),
+        pin_memory=device.type == "cuda",
     )  # fmt: skip
     seconds: list[float] = []
     since = 0.0
-    for step, (waveforms, labels) in zip(range(1, size.steps + 1), _endless(loader), strict=False):
+    for step, (waveforms, labels) in enumerate(loader, start=1):
         features = _features(waveforms.to(device, non_blocking=True))
         with torch.autocast(device.type, torch.bfloat16):
             embeddings = net(features)
@@ -195,11 +197,6 @@ def _features(waveforms: torch.Tensor) -> torch.Tensor:
 
     with torch.no_grad():
         return functional.log_mel_fbank(waveforms, spec=frontend("wespeaker"), backend="reference")[0]
-
-
-def _endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def _cores() -> int:
@@ -228,7 +225,7 @@ class _Crops(Dataset[tuple[np.ndarray, int]]):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         from benchmarks.peers import augmentation as usual
 
-        # The generator of torch is seeded anew in each loader process and epoch.
+        # The generator of torch is seeded anew in each loader process.
         random = np.random.default_rng(int(torch.randint(2**62, ())))
         samples = round(self._size.seconds * _RATE)
         which = int(random.integers(3))

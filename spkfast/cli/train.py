@@ -28,9 +28,9 @@ def main(argv: list[str]) -> None:
     config, as_json = parse(argv)
     keep_freed_memory()
     second = fine_tuned(config)
-    if second is not None:
-        _check_second(config, second)
-    result = _train(config)
+    result = None
+    if second is None or not _is_past(config):
+        result = _train(config, second)
     if second is not None:
         gc.collect()  # a network and its optimiser are parts of cycles
         result = _train(second)
@@ -50,25 +50,42 @@ def _leave_group() -> None:
         distributed.destroy_process_group()
 
 
-def _check_second(config: TrainConfig, second: TrainConfig) -> None:
+def _is_past(first: TrainConfig) -> bool:
+    """Whether a first run has ended and nothing of it but the model was kept, which is all that the second needs."""
+    from spkfast.training.checkpoint import checkpoints
+    from spkfast.training.task import MODEL
+
+    folder = Path(first.out)
+    return first.resume and (folder / MODEL).is_dir() and not checkpoints(folder / "checkpoints")
+
+
+def _check_second(first: TrainConfig, second: TrainConfig) -> None:
     """An error in what a second run is given would show when the first has ended, days later."""
+    import torch
+
     from spkfast.training.loop import Trainer
     from spkfast.training.task import check_continues
 
+    # Of the first run, which has been made.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        check_continues(config, second)
-        Trainer(dataclasses.replace(second, init_from=None))
+        check_continues(first, second)
+        with torch.random.fork_rng(devices):
+            Trainer(dataclasses.replace(second, init_from=None))
     except InputError as error:
         raise InputError(f"{_FINE_TUNING}: {error}") from error
     gc.collect()
 
 
-def _train(config: TrainConfig) -> dict[str, Any] | None:
-    """Trains to the end; what came of it, in the main process."""
+def _train(config: TrainConfig, second: TrainConfig | None = None) -> dict[str, Any] | None:
+    """Trains to the end; what came of it, in the main process. A second run that is to follow is checked before."""
     from spkfast.training.log import read_log
     from spkfast.training.loop import Trainer
+    from spkfast.training.task import MODEL
 
     trainer = Trainer(config, warn=_say)
+    if second is not None:
+        _check_second(config, second)
     if config.resume and trainer.is_main_process:
         found = f"going on after step {trainer.first_step}" if trainer.first_step else "no checkpoint there yet"
         _say(f"{trainer.folder}: {found}")
@@ -79,7 +96,7 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
     if bad:
         _say(f"{bad} of {len(trainer.dataset)} files skipped")
     result: dict[str, Any] = {
-        "model": str(trainer.folder / "model"),
+        "model": str(trainer.folder / MODEL),
         "steps": last.step if last else trainer.first_step,
     }
     for entry in read_log(trainer.folder)[-1:]:
@@ -116,16 +133,13 @@ def _note(progress: Progress) -> str:
 
 def _validated(folder: Path, take: str) -> dict[str, Any]:
     """Error rates of the model that was taken, and the place of the best one; nothing where there was no validation."""
-    from spkfast.training.log import VALIDATION, read_log
-    from spkfast.training.report import best_validation
+    from spkfast.training.best import Best, taken_validation
 
-    validations = read_log(folder, VALIDATION)
-    best = best_validation(validations)
-    if best is None:
+    taken = taken_validation(folder, take)
+    if taken is None:
         return {}
-    taken = best if take == "best" else validations[-1]
-    path = folder / "best" / f"step_{best['step']:08d}"
-    return {"lists": taken["lists"], **({"best": str(path)} if path.is_dir() else {})}
+    best = Best(folder / "best", 1).best()
+    return {"lists": taken["lists"], **({"best": str(best)} if best else {})}
 
 
 def _say(message: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spkfast.errors import InputError
+from spkfast.training.log import VALIDATION, read_log
 
 # Beside the files of the model: step, error rate, and what else is known of the model.
 _FACTS = "validation.json"
@@ -104,6 +105,20 @@ class Best:
         for pattern in (".removed_*", ".partial_*", "..partial_*"):
             for path in self._folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def taken_validation(folder: Path, take: str) -> dict[str, Any] | None:
+    """What the log of a run that has ended says of the model that came of it; None where there was no validation.
+
+    Args:
+        folder: The run's folder.
+        take: Its ``validation.take``.
+    """
+    validations = {entry["step"]: entry for entry in read_log(folder, VALIDATION)}
+    best = Best(folder / "best", 1).best() if take == "best" else None
+    # Where no best model could be written, it is the last one.
+    step = max(validations, default=None) if best is None else _read(best).step
+    return None if step is None else validations.get(step)
 
 
 class _Model(NamedTuple):

@@ -334,7 +334,7 @@ def check(config: TrainConfig) -> None:
     check_values(config)
     validation = config.validation
     # A share of a short run may round to no step, which then stands for one; a span of 0 is an error.
-    if not re.search("[1-9]", str(validation.every)):
+    if not re.search("^[^-]*[1-9]", str(validation.every)):
         raise InputError(
             f"validation.every must be steps, 'N epochs' or 'N %' of the run, and above 0, got {validation.every!r}"
         )
@@ -360,15 +360,18 @@ def check_values(config: Any, prefix: str = "") -> None:
             check_values(value, f"{name}.")
         elif get_origin(kind) is Literal:
             check_name(name, str(value), list(get_args(kind)))
-        elif value is not None:
+        elif name in _LIMITS and (value is not None or type(None) not in get_args(kind)):
             for number in value if isinstance(value, list | tuple) else [value]:
                 _check_number(name, number)
 
 
-def _check_number(name: str, number: float) -> None:
-    limits = _LIMITS.get(name, {})
-    if not all(_HOLDS[word](number, limit) for word, limit in limits.items()):
-        raise InputError(f"{name} must be {' and '.join(f'{w} {limit}' for w, limit in limits.items())}, got {number}")
+def _check_number(name: str, number: Any) -> None:
+    limits = _LIMITS[name]
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not all(_HOLDS[word](number, limit) for word, limit in limits.items()):
+        raise InputError(
+            f"{name} must be {' and '.join(f'{w} {limit}' for w, limit in limits.items())}, got {number!r}"
+        )
 
 
 def fine_tuned(config: TrainConfig) -> TrainConfig | None:

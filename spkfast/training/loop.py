@@ -111,7 +111,7 @@ class Trainer:
         self._spec = frontend(config.frontend.preset, **config.frontend.options)
         self._accelerator = accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # else several processes without a GPU would not find one another
-            log_with=trackers(config),
+            log_with=trackers(config) or None,
         )
         rank, processes = accelerator.process_index, accelerator.num_processes
         inputs = Inputs(config, self._spec, device=accelerator.device, rank=rank, world_size=processes, warn=warn)
@@ -239,6 +239,8 @@ class Trainer:
 
     def _begin(self) -> None:
         accelerator = self._accelerator
+        if self.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers("")  # each tracker knows its own
         if self.is_main_process:
             corpus = self._inputs.corpus

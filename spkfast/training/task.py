@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spkfast import models
 from spkfast.errors import InputError
 from spkfast.frontends import FrontendSpec
-from spkfast.inference import SpeakerEncoder
+from spkfast.inference import SpeakerEncoder, find_model, is_own, model_folder
 from spkfast.models.base import SpeakerModel
 from spkfast.nn.margin_softmax import MarginSoftmaxLoss
 from spkfast.ops.margin_softmax_loss import MarginStats, check_form
@@ -95,9 +95,10 @@ def start_from(task: SpeakerTask, source: str, loss: LossConfig, spec: FrontendS
         told = ", ".join(f"{name}={theirs.get(name)!r}, the config {ours.get(name)!r}" for name in differing)
         raise InputError(f"init_from: the network of {source} has {told}")
     task.net.load_state_dict(net.state_dict())
-    folder = Path(source)
-    path = (folder.parent if folder.name == MODEL else folder) / HEAD
-    if not path.is_file():
+    found = find_model(source)
+    folder = model_folder(found) if is_own(found) else found
+    path = next((path for path in (folder / HEAD, folder.parent / HEAD) if path.is_file()), None)
+    if path is None:
         return f"the network of {source}; its speakers are not known, the head starts anew"
     tensors, had = read_head(path)
     place = {name: k for k, name in enumerate(had.names)}

@@ -155,3 +155,15 @@ def test_one_trial_list_is_given_as_it_is(tmp_path, given, found) -> None:
 def test_one_trial_list_from_python() -> None:
     assert ValidationConfig("a.txt").trials == ["a.txt"]
     assert dataclasses.replace(ValidationConfig(["a.txt"]), trials="b.txt").trials == ["b.txt"]
+
+
+@pytest.mark.parametrize("name, value", [("optimizer__lr", None), ("batch_size", "8"), ("keep_checkpoints", True)])
+def test_what_is_no_number_is_refused(name, value) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(name.replace('__', '.'))} must be .*, got {value!r}$"):
+        check(a_run(**{name: value}))
+    check(a_run(optimizer__lr_batch_size=None))
+
+
+def test_a_negative_span_of_validation_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^validation\.every must be .* above 0, got -3$"):
+        check(a_run(validation__every=-3))

@@ -24,6 +24,7 @@ from torch import distributed
 from spkfast import SpeakerEncoder
 from spkfast.cli.train import main
 from spkfast.errors import InputError
+from spkfast.training.best import taken_validation
 from spkfast.training.config import TrainConfig, fine_tuned
 from spkfast.training.log import VALIDATION, read_log
 from spkfast.training.loop import Trainer
@@ -219,6 +220,44 @@ def test_what_a_second_run_is_given_is_seen_before_the_first(corpus, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+def test_an_error_of_the_first_run_is_not_told_as_the_second_s(corpus, tmp_path):
+    made = config(corpus, tmp_path / "run", fine_tuning={"steps": 2})
+    made.data.train_list = str(tmp_path / "none.txt")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(made) | {"optimizer": {"lr": 0.05}}))
+    with pytest.raises(InputError, match=r"^(?!fine_tuning).*none\.txt: no such file"):
+        main([str(file)])
+
+
+def test_a_second_run_goes_on_without_the_checkpoints_of_the_first(corpus, tmp_path, capsys):
+    made = config(corpus, tmp_path / "run", steps=3, fine_tuning={"steps": 6, "schedule": {"warmup": 0}})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(made) | {"optimizer": {"lr": 0.05}}))
+    main([str(file)])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "fine_tuning" / "model")
+    main([str(file), "--resume"])
+    assert "going on after step 6" in capsys.readouterr().err
+    assert (tmp_path / "run" / "fine_tuning" / "model").is_dir()
+
+
+def test_trains_without_tensorboard(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
+    trained(config(corpus, tmp_path / "run", steps=2))
+    assert not (tmp_path / "run" / "tensorboard").exists() and (tmp_path / "run" / "model").is_dir()
+
+
+def test_where_no_best_model_could_be_written_the_rate_is_that_of_the_last(corpus, tmp_path):
+    out = tmp_path / "run"
+    trained(config(corpus, out, validation__held_out=2, validation__every=4, validation__take="best"))
+    entries = read_log(out, VALIDATION)
+    best = min(entries, key=lambda entry: (entry["mean_eer_percent"], entry["step"]))
+    assert best != entries[-1]
+    assert taken_validation(out, "best") == best and taken_validation(out, "last") == entries[-1]
+    shutil.rmtree(out / "best")
+    assert taken_validation(out, "best") == entries[-1]
+
+
 def test_a_finished_run_is_not_written_over(corpus, tmp_path):
     out = tmp_path / "run"
     trained(config(corpus, out, steps=3))
@@ -230,17 +269,18 @@ def test_a_finished_run_is_not_written_over(corpus, tmp_path):
     assert read_log(out)
 
 
-def test_new_speakers_get_new_classes(corpus, tmp_path):
-    trained(config(corpus, tmp_path / "old", steps=3))
+@pytest.mark.parametrize("source", ["model", "model/model", "model/model/model.safetensors"])
+def test_new_speakers_get_new_classes(corpus, tmp_path, source):
+    trained(config(corpus, tmp_path / "model", steps=3))
     lines = (corpus / "train_list.txt").read_text().splitlines()
     renamed = [line.replace("spk0 ", "someone ") for line in lines]
     (corpus / "renamed.txt").write_text("\n".join(renamed) + "\n")
-    made = config(corpus, tmp_path / "new", steps=3, init_from=str(tmp_path / "old" / "model"))
+    made = config(corpus, tmp_path / "new", steps=3, init_from=str(tmp_path / source))
     made.data.train_list = str(corpus / "renamed.txt")
     warnings: list[str] = []
     new = Trainer(made, warn=warnings.append)
     assert any("5 of its 6 classes; 1 are new" in line for line in warnings)
-    old = load_file(tmp_path / "old" / "head.safetensors")["weight"]
+    old = load_file(tmp_path / "model" / "head.safetensors")["weight"]
     rows = new._task.head.weight.detach()
     assert torch.equal(rows[1:], old[1:]) and new.dataset.num_classes == 6
     assert rows[0].norm() == pytest.approx(float(old.norm(dim=1).mean()), rel=1e-5)

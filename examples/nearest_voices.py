@@ -1,4 +1,4 @@
-"""Which recordings of a folder sound most alike? ``python examples/nearest_voices.py MODEL FOLDER``."""
+"""Which recordings of a folder sound most alike? ``python examples/nearest_voices.py FOLDER [MODEL]``."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import spkfast
 
 
-def main(model: str, folder: str) -> None:
+def main(folder: str, model: str = "ecapa-mini") -> None:
     """Prints, for every recording, the one whose voice is nearest and the cosine between them."""
     encoder = spkfast.SpeakerEncoder.load(model)
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".wav", ".flac"))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spkfast import backends, functional, models
 from spkfast.backends import Backend
 from spkfast.data.audio import read_audio, resample
-from spkfast.errors import InputError, check_name
+from spkfast.errors import InputError, check_name, nearest
 from spkfast.frontends import FrontendSpec, require_spec
 from spkfast.frontends import frontend as preset
 from spkfast.models.checkpoint_files import fitting_preset, import_checkpoint
@@ -112,12 +112,13 @@ class SpeakerEncoder:
         device: str = "auto",
         precision: str = "fp32",
     ) -> SpeakerEncoder:
-        """The model kept in a folder, or in a checkpoint of another toolkit.
+        """A model that comes with the package, is kept in a folder, or in a checkpoint of another toolkit.
 
         Args:
-            source: Folder written by :meth:`save`, a file in it, or the output folder of a training run; or an
-                ECAPA-TDNN of wespeaker, speechbrain, 3D-Speaker, TaoRuijie or ESPnet, a file or folder, as
-                :func:`spkfast.models.checkpoint_files.import_checkpoint` reads them.
+            source: Folder written by :meth:`save`, a file in it, or the output folder of a training run; an ECAPA-TDNN
+                of wespeaker, speechbrain, 3D-Speaker, TaoRuijie or ESPnet, a file or folder, as
+                :func:`spkfast.models.checkpoint_files.import_checkpoint` reads them; or, where there is no such path, a
+                name of :func:`spkfast.models.bundled.list`.
             frontend: Front-end that the model is expected to have; any other is an error. For another toolkit's, the
                 front-end to take in place of the one that its settings or its family tell. Either may be the name of a
                 preset, which takes the number of its mel bands from the model.
@@ -139,7 +140,8 @@ class SpeakerEncoder:
         check_name("precision", precision, list(PRECISIONS))
         if device == "auto" and _ONLY_ON.get(precision) == "cpu":
             device = "cpu"
-        if not is_own(Path(source)):
+        path = find_model(source)
+        if not is_own(path):
             found = import_checkpoint(source, family=family, frontend=frontend)
             if found.network.assumed:
                 assumed = ", ".join(f"{name} {found.network.config[name]}" for name in found.network.assumed)
@@ -151,7 +153,7 @@ class SpeakerEncoder:
             return cls(found.network.model, found.frontend, device=device)._at(precision, source)
         if family is not None:
             raise InputError(f"{source}: is a model of spkfast, family={family!r} was asked for")
-        folder = model_folder(Path(source))
+        folder = model_folder(path)
         config = _read_config(folder / _CONFIG)
         tensors, metadata = _read_weights(folder / _WEIGHTS)
         spec = _spec(config["frontend"], folder / _CONFIG)
@@ -595,17 +597,27 @@ def _device(device: str | torch.device | None, net: nn.Module) -> torch.device:
     return found
 
 
-def is_own(source: Path) -> bool:
-    """Whether a path leads to a model of spkfast, whole or not; other toolkits have files of the same names.
+def find_model(source: str | os.PathLike[str]) -> Path:
+    """Where a model is of which :meth:`SpeakerEncoder.load` is told: at this path, or in the package by this name.
 
     Raises:
-        InputError: If there is nothing at the path.
+        InputError: If there is neither.
     """
-    if not source.exists():
-        raise InputError(
-            f"{source}: no such model; name a folder written by 'spkfast train' or SpeakerEncoder.save, or another "
-            "toolkit's checkpoint, that is there: nothing is downloaded"
-        )
+    path, names = Path(source), models.bundled.list()
+    if path.exists():
+        return path
+    name = os.fspath(source)  # as it was given: with a separator, as in ./name, it is a path
+    if name in names:
+        return models.bundled.folder(name)
+    raise InputError(
+        f"{source}: no such model{nearest(name, names)}; name one that comes with the package ({', '.join(names)}), a "
+        "folder written by 'spkfast train' or SpeakerEncoder.save, or another toolkit's checkpoint, that is there: "
+        "nothing is downloaded"
+    )
+
+
+def is_own(source: Path) -> bool:
+    """Whether a path that exists leads to a model of spkfast, whole or not; other toolkits use the same names."""
     if source.is_file() and source.name not in (_CONFIG, _WEIGHTS):
         return False
     folders = (source.parent,) if source.is_file() else (source, source / "model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spkfast.cli.common import BadFiles, Parser, add_json, print_result, progress
+from spkfast.cli.common import MODEL_HELP, BadFiles, Parser, add_json, print_result, progress
 from spkfast.cli.embed import INPUTS_HELP, collect
 from spkfast.errors import InputError
 
@@ -22,7 +22,7 @@ _CHECKED = ("int8", "bf16")
 def main(argv: list[str]) -> None:
     """Runs ``spkfast calibrate``."""
     parser = Parser("calibrate", HELP)
-    parser.add_argument("model", metavar="MODEL", help="folder of the model, or checkpoint of another toolkit")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help=INPUTS_HELP)
     parser.add_argument("--out", metavar="FOLDER", help="folder of the model to write [that of MODEL]")
     parser.add_argument(
@@ -89,12 +89,13 @@ def _target(model: str, out: str | None) -> Path:
     Raises:
         InputError: If it is not such a folder, or MODEL is no folder of spkfast and there is no other.
     """
-    from spkfast.inference import check_target, is_own, model_folder
+    from spkfast.inference import check_target, find_model, is_own, model_folder
 
-    own = is_own(Path(model))
+    source = find_model(model)
+    own = is_own(source)
     if out is None and not own:
         raise InputError(f"{model}: is another toolkit's checkpoint; name the folder to write with --out")
-    target = model_folder(Path(model)) if out is None else Path(out)
+    target = model_folder(source) if out is None else Path(out)
     if out is not None and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"--out {out}: is there already; name another, or leave it out to write into MODEL")
     check_target(target)

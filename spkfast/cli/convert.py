@@ -46,10 +46,10 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--option {name}=...: use --{name}")
 
     from spkfast import frontends
-    from spkfast.inference import SpeakerEncoder, is_own
+    from spkfast.inference import SpeakerEncoder, find_model, is_own
     from spkfast.models.checkpoint_files import import_checkpoint
 
-    if is_own(Path(args.checkpoint)):
+    if is_own(find_model(args.checkpoint)):
         raise InputError(f"{args.checkpoint}: already a spkfast model folder")
     found = import_checkpoint(args.checkpoint, family=args.family, frontend=args.frontend, **options)
     network = found.network

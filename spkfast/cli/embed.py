@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spkfast.cli.common import (
+    MODEL_HELP,
     BadFiles,
     Parser,
     add_backend,
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     """Runs ``spkfast embed``."""
     parser = Parser("embed", HELP)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUTS_HELP)
-    parser.add_argument("--model", required=True, help="folder of the model, or checkpoint of another toolkit")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument(
         "--out",
         required=True,

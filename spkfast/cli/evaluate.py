@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spkfast.cli.common import (
+    MODEL_HELP,
     Parser,
     add_backend,
     add_batch_seconds,
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
     """Runs ``spkfast evaluate``."""
     parser = Parser("evaluate", HELP)
     parser.add_argument("--trials", nargs="+", metavar="T", help="lists of lines 'label path path' [ROOT/trials.txt]")
-    parser.add_argument("--model", help="folder of the model")
+    parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--data", metavar="ROOT", help="folder that the paths of the trials start from; with --model")
     parser.add_argument("--embeddings", metavar="X.npz", help="embeddings from 'spkfast embed', instead of a model")
     parser.add_argument("--scores", metavar="FILE", help="write lines 'label path path score'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spkfast.cli.common import Parser, add_backend, add_json, add_precision, print_result
+from spkfast.cli.common import MODEL_HELP, Parser, add_backend, add_json, add_precision, print_result
 
 HELP = "score and decision for two files"
 
@@ -12,7 +12,7 @@ def main(argv: list[str]) -> None:
     parser = Parser("verify", HELP)
     parser.add_argument("a", metavar="A", help="audio file")
     parser.add_argument("b", metavar="B", help="audio file")
-    parser.add_argument("--model", required=True, help="folder of the model, or checkpoint of another toolkit")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     add_precision(parser)
     add_backend(parser)
     add_json(parser)

@@ -11,11 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from spkfast.errors import check_name, check_options
+from spkfast.models import bundled
 from spkfast.models.base import SpeakerModel
 from spkfast.models.checkpoints import Imported, import_state_dict
 from spkfast.models.ecapa_tdnn import EcapaTdnn
 
-__all__ = ["EcapaTdnn", "Imported", "SpeakerModel", "create", "from_state_dict", "import_state_dict", "list"]
+__all__ = [
+    "EcapaTdnn",
+    "Imported",
+    "SpeakerModel",
+    "bundled",
+    "create",
+    "from_state_dict",
+    "import_state_dict",
+    "list",
+]
 
 _MODELS: dict[str, Callable[..., SpeakerModel]] = {"ecapa_tdnn": EcapaTdnn}
 

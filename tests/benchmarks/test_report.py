@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+
+import pytest
 
 from benchmarks import report
 
@@ -48,8 +51,150 @@ TENSORS = {
 }
 
 
-def test_benchmarks_page_is_current():
-    assert report.PAGE.read_text() == report.page(report.RESULTS)
+RATES = {
+    "eer_percent": 4.125,
+    "eer_low_percent": 1.0,
+    "eer_high_percent": 9.5,
+    "min_dcf": 0.5,
+    "eer_threshold": 0.25,
+    "misses_percent": 30.0,
+    "false_alarms_percent": 2.5,
+    "targets": 1350,
+    "nontargets": 2250,
+    "speakers": 16,
+}
+PART = {"speakers": 7, "utterances": 8, "minutes": 9.25}
+BUNDLED = {
+    "benchmark": "bundled",
+    "name": "ecapa-mini",
+    "date": "2026-01-01",
+    "machine": RECORD["machine"],
+    "recipe": "mini.yaml",
+    "config": "# a recipe\nsteps: {of: 1000}\n",
+    "differences": {"averaging.name": "none", "steps": 7000},
+    "seed": 3,
+    "steps": 7000,
+    "training_minutes": 31.4,
+    "held_out": {**RATES, "eer_percent": 3.0, "threshold": 0.3125, "num_trials": 2000, "speakers": 24},
+    "threshold": 0.3125,
+    "data": {"train": {"librispeech-tc100": PART, "asc": PART}, "held_out": {"asc": PART}, "test": {"fsdd": PART}},
+    "model": {
+        "name": "ecapa_tdnn",
+        "config": {"dialect": "wespeaker", "channels": 128, "mfa_channels": 384, "embedding_dim": 192},
+        "parameters": 620000,
+        "bytes": 2495360,
+        "sha256": "abc",
+    },
+    "frontend": {
+        "preset": "wespeaker",
+        "hash": "608f",
+        "sample_rate": 16000,
+        "n_mels": 80,
+        "frame_length_ms": 25.0,
+        "frame_shift_ms": 10.0,
+    },
+    "lists": {"trials.txt": RATES, "trials_fsdd.txt": {**RATES, "speakers": 6}},
+}
+
+
+@pytest.mark.parametrize("path", [report.PAGE, *sorted(report.MODELS.glob("*/README.md"))], ids=lambda path: path.name)
+def test_generated_files_are_current(path):
+    assert path.read_text() == report.files(report.RESULTS)[path]
+
+
+def write(folder, record):
+    """A record among the results of a machine."""
+    (folder / "some-machine").mkdir()
+    (folder / "some-machine" / "record.json").write_text(json.dumps(record))
+
+
+def test_seeds_of_a_recipe_have_a_row_each_and_a_mean(tmp_path):
+    runs = [{"seed": seed, "lists": {"trials.txt": {**RATES, "speakers": 16}}} for seed in (0, 1)]
+    record = {
+        "benchmark": "real_speech",
+        "date": "2026-01-01",
+        "machine": RECORD["machine"],
+        "training_minutes": 8.25,
+        "threads": 1,
+        "held_out": {**RATES, "eer_percent": 3.5},
+        "eer_percent": {"trials.txt": {"mean": 4.5, "lowest": 4.0, "highest": 5.0}},
+        "runs": runs,
+    }
+    write(tmp_path, record)
+    lines = report.page(tmp_path).splitlines()
+    # Named so in the recipe.
+    assert any(line.startswith("## `configs/mini.yaml`") and "real speech" in line for line in lines)
+    assert any("2 seeds, at most 8.2 minutes of training each on 1 thread(s)" in line for line in lines)
+    assert any("on which it has 3.50 (1.00 to 9.50)" in line for line in lines)
+    table = lines.index("| seed | trials.txt (16 speakers) |")
+    assert lines[table + 1 : table + 5] == [
+        "|---|---|",
+        "| 0 | 4.12 (1.00 to 9.50) |",
+        "| 1 | 4.12 (1.00 to 9.50) |",
+        "| mean (lowest to highest) | 4.50 (4.00 to 5.00) |",
+    ]
+
+
+def test_bundled_model_has_a_section_and_a_card(tmp_path):
+    write(tmp_path, BUNDLED)
+    files = report.files(tmp_path)
+    assert list(files) == [report.PAGE, report.MODELS / "ecapa-mini" / "README.md"]
+    page, card = (text.splitlines() for text in files.values())
+    for lines in (page, card):
+        assert "| trials.txt | 16 | 1,350 + 2,250 | 4.12 (1.00 to 9.50) | 0.5000 | 30.00 | 2.50 |" in lines
+    assert any(line.startswith("## `ecapa-mini`") for line in page)
+    assert any("31.4 minutes of training; 620,000 parameters, 2.5 MB" in line for line in page)
+    assert any("0.3125, set on 24 speakers held out at an EER of 3.00 % (1.00 to 9.50)" in line for line in page)
+    text = " ".join(files[report.MODELS / "ecapa-mini" / "README.md"].split())
+    for words in (
+        "620,000 parameters, 2.5 MB. It was trained on 14 speakers",
+        'SpeakerEncoder.load("ecapa-mini")',
+        "`ecapa_tdnn`, dialect `wespeaker`: 128 channels, 384 in the aggregation, embedding of 192",
+        "preset `wespeaker`, hash `608f`: 80 mel bands of 25 ms every 10 ms",
+        "2,495,360 bytes, SHA-256 `abc`",
+        "decides at a cosine of 0.3125.",
+        "on 2,000 trials among 24 speakers, with a network that was trained in the same way without them and has an "
+        "EER of 3.00 (1.00 to 9.50) % on these",
+        '7,000 steps of `configs/mini.yaml` with `seed` 3, `averaging.name` "none", `steps` 7000 on all '
+        "speakers, 31 minutes on some CPU, 2 cores",
+        "```yaml # a recipe steps: {of: 1000} ```",
+        "| of these, choosing recipe and threshold | Arabic Speech Commands | 7 | 8 | 9.2 |",
+        "14 speakers with 18 minutes",
+        "No test list has more than 16 speakers",
+        "it misses 30.0 % and accepts 2.5 % falsely, where a threshold of 0.2500 would have 4.1 % of both",
+        "CC BY 4.0",
+        "CC BY 3.0",
+        "CC BY-SA 4.0",
+        "MIT",
+    ):
+        assert words in text, words
+
+
+def test_no_card_without_credit(tmp_path):
+    write(tmp_path, {**BUNDLED, "data": {**BUNDLED["data"], "train": {"some corpus": PART}}})
+    with pytest.raises(KeyError, match="some corpus"):
+        report.files(tmp_path)
+
+
+def test_check_tells_what_is_out_of_date(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    write(tmp_path / "results", BUNDLED)
+    (tmp_path / "models" / "ecapa-mini").mkdir(parents=True)
+    for name, path in (("ROOT", ""), ("RESULTS", "results"), ("PAGE", "page.md"), ("MODELS", "models")):
+        monkeypatch.setattr(report, name, tmp_path / path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report", *arguments])
+        report.main()
+
+    with pytest.raises(SystemExit, match=r"page\.md is out of date"):
+        run("--check")
+    run()
+    run("--check")
+    card = tmp_path / "models/ecapa-mini/README.md"
+    card.write_text(card.read_text() + "and more")
+    with pytest.raises(SystemExit, match=r"ecapa-mini/README\.md is out of date"):
+        run("--check")
 
 
 def test_page_says_what_was_measured_and_which_goals_are_missed(tmp_path):

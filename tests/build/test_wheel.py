@@ -40,6 +40,7 @@ print(json.dumps({
     "difference": float((fast - plain).abs().max()),
     "features": list(fast.shape),
     "models": shapes,
+    "bundled": spkfast.models.bundled.list(),
 }, default=str))
 """
 
@@ -118,6 +119,9 @@ def test_wheel_holds_what_it_should(wheel):
         if path.suffix in (".py", ".cu", ".cuh"):
             assert f"spkfast/{path.relative_to(ROOT).as_posix()}" in names
     assert "spkfast/py.typed" in names
+    bundled = {name for name in names if re.match(r"spkfast/models/bundled/[^/]+/", name)}
+    files = ("README.md", "config.yaml", "model.safetensors")
+    assert bundled == {f"spkfast/models/bundled/ecapa-mini/{file}" for file in files}
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"spkfast"}
     assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc")) or "test" in name]
@@ -135,6 +139,7 @@ def test_wheel_works_beside_torch_and_numpy_alone(clean_python, tmp_path):
     assert seen["features"] == [2, 98, 80]
     assert seen["difference"] < 1e-3
     assert seen["models"] and all(shape[0] == 2 for shape in seen["models"].values())
+    assert seen["bundled"] == ["ecapa-mini"]
 
 
 def test_command_line_starts_from_the_wheel(clean_python, tmp_path):

@@ -19,10 +19,11 @@ def run(capsys, *arguments):
 def test_default_is_hard_enough_to_mean_something(tmp_path, capsys):
     result = run(capsys, "--out", str(tmp_path / "demo"))
     assert "synthetic" in result["data"]
-    untrained, reference, fast = result["systems"]
+    untrained, reference, fast, bundled = result["systems"]
     assert 2 < fast["eer_percent"] < 25
     assert fast["eer_percent"] == pytest.approx(reference["eer_percent"], abs=0.5)
     assert untrained["eer_percent"] > fast["eer_percent"] + 10
+    assert untrained["eer_percent"] > bundled["eer_percent"]
     assert fast["max_relative_difference"] < 1e-3
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "synthetic" in page and f"{fast['eer_percent']:.2f}" in page
@@ -38,7 +39,10 @@ def test_takes_a_folder_and_runs_again_over_itself(tmp_path, capsys):
     assert first["trials"] == {"targets": 12, "nontargets": 12}
     rates = [[row["eer_percent"] for row in result["systems"]] for result in (first, second)]
     assert rates[0] == rates[1]
-    assert "synthetic" not in (tmp_path / "demo" / "report.html").read_text()
+    assert [row["system"] for row in second["systems"]][-1] == "ecapa-mini"
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "synthetic" not in page
+    assert "ecapa-mini comes with the package and was not trained on this data" in page and "Scores, ecapa-mini" in page
 
 
 def test_spares_a_folder_that_is_not_a_demo(tmp_path, capsys):

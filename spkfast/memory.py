@@ -15,7 +15,10 @@ def keep_freed_memory() -> None:
     pages, which the system fills with zeros one by one: that costs as much as a kernel that goes over them. Other C
     libraries are left as they are.
     """
+    _set_option(_M_MMAP_MAX, 0)  # no blocks of their own
+    _set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _set_option(option: int, value: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)  # no blocks of their own
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(option, value)

@@ -39,8 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _allocator_as_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``spkfast train`` changes the allocator of its process for good, and so that of the tests after it."""
-    monkeypatch.setattr("spkfast.cli.train.keep_freed_memory", lambda: None)
+    """What keeps freed memory does so for good, and so would all tests after it that run in the same process."""
+    monkeypatch.setattr("spkfast.memory._set_option", lambda option, value: None)
 
 
 @pytest.fixture(name="require", scope="session")

@@ -33,7 +33,6 @@ def test_benchmark_runs(monkeypatch):
         return timing.interleaved({name: calls[name] for name in names}, repeats=repeats)
 
     monkeypatch.setattr(bench_margin_softmax, "_apart", together)
-    monkeypatch.setattr(bench_margin_softmax, "keep_freed_memory", lambda: None)  # it is for good
     found = bench_margin_softmax.rows(300, 8, 500, 1)
     assert len(apart) == 2
     names = [*bench_margin_softmax._HEADS]

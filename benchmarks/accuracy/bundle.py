@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.machine import describe_machine
 from spkfast import InputError, SpeakerEncoder
 from spkfast.cli.common import embed_all, rates
-from spkfast.cli.train import parse
+from spkfast.cli.train import FINE_TUNING, parse
 from spkfast.data.lists import read_trials, trial_paths
 from spkfast.evaluation import TrialResult, evaluate_trials
 from spkfast.inference import Threshold
@@ -69,7 +69,7 @@ def bundle(
         InputError: If the runs differ in their settings, or are not on this data, or the one has speakers held out or
             the other none, or a log does not tell the time of training.
     """
-    settings, other = (json.loads((path / "config.json").read_text()) for path in (run, held_out))
+    settings, other = map(_settings, (run, held_out))
     changed = differences(settings, recipe)
     if changed != differences(other, recipe):
         raise InputError(f"{held_out}: differs from the recipe in {differences(other, recipe)}, {run} in {changed}")
@@ -81,11 +81,12 @@ def bundle(
         found, there = settings["run"][key], sum(part[key] for part in parts["train"].values())
         if found != there:
             raise InputError(f"{run}: was trained on {found} {key}, {data} has {there}")
-    taken = taken_validation(held_out, other["validation.take"])
+    last = stages(held_out)[-1]
+    taken = taken_validation(last, _settings(last)["validation.take"])
     if taken is None:
         raise InputError(f"{held_out}: no validation in its log")
     validation = taken["lists"][HELD_OUT]
-    encoder = SpeakerEncoder.load(run, device="cpu")
+    encoder = SpeakerEncoder.load(stages(run)[-1], device="cpu")
     encoder.threshold = Threshold(validation["threshold"], HELD_OUT)
     folder = root / MODELS / name
     with tempfile.TemporaryDirectory() as temporary:  # a folder with a card is not one to save to
@@ -103,8 +104,8 @@ def bundle(
         "config": recipe.read_text(),
         "differences": differences(settings, recipe),
         "seed": settings["seed"],
-        "steps": settings["run"]["steps"],
-        "training_minutes": logged_minutes(run),
+        "steps": sum(_settings(stage)["run"]["steps"] for stage in stages(run)),
+        "training_minutes": sum(map(logged_minutes, stages(run))),
         "held_out": {**validation, "speakers": len(speakers)},
         "threshold": encoder.threshold.value,
         "data": parts,
@@ -135,8 +136,18 @@ def bundle(
 def differences(settings: Mapping[str, Any], recipe: Path) -> dict[str, Any]:
     """Settings of a run, other than its data and its seed, that are not those of the recipe."""
     wanted = json.loads(json.dumps(flatten(parse([str(recipe)])[0])))  # as a run writes them
-    names = sorted(wanted.keys() - FREE_ON_RESUME - {"seed"})
+    names = sorted(wanted.keys() - (FREE_ON_RESUME - {FINE_TUNING}) - {"seed"})
     return {name: settings.get(name) for name in names if settings.get(name) != wanted[name]}
+
+
+def stages(run: Path) -> list[Path]:
+    """Folder of a run, and that of its fine-tuning where there was one: the model is of the last."""
+    return [run] if _settings(run).get(FINE_TUNING) is None else [run, run / FINE_TUNING]
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((run / "config.json").read_text())
+    return settings
 
 
 def logged_minutes(run: Path) -> float:

@@ -42,11 +42,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
         folder = args.runs or Path(temporary)
         held_out = pool.submit(train, args.data, args.seeds[0], folder / "held_out", HELD_OUT, threads)
-        outs = {seed: folder / str(seed) for seed in args.seeds}
-        trained = {seed: pool.submit(train, args.data, seed, out, None, threads) for seed, out in outs.items()}
-        minutes = {seed: run.result()["minutes"] for seed, run in trained.items()}
-        lists = {seed: evaluate(args.data, out, threads) for seed, out in outs.items()}
-        runs = [{"seed": seed, "training_minutes": minutes[seed], "lists": lists[seed]} for seed in outs]
+        trained = {seed: pool.submit(train, args.data, seed, folder / str(seed), None, threads) for seed in args.seeds}
+        results = {seed: run.result() for seed, run in trained.items()}
+        runs = [
+            {
+                "seed": seed,
+                "training_minutes": result["minutes"],
+                "lists": evaluate(args.data, Path(result["model"]), threads),
+            }
+            for seed, result in results.items()
+        ]
         write(args.out, runs, held_out.result()["lists"]["held_out"], threads)
 
 
@@ -61,11 +66,11 @@ def train(data: Path, seed: int, out: Path, held_out: Path | None, threads: int)
     return result | {"minutes": (time.monotonic() - started) / 60}
 
 
-def evaluate(data: Path, out: Path, threads: int) -> dict[str, Any]:
+def evaluate(data: Path, model: Path, threads: int) -> dict[str, Any]:
     """What ``spkfast evaluate`` says of each list."""
     names = [str(path) for path in sorted(data.glob("trials*.txt"))]
     result = spkfast(
-        "evaluate", "--model", str(out), "--data", str(data), "--trials", *names, "--json", threads=threads
+        "evaluate", "--model", str(model), "--data", str(data), "--trials", *names, "--json", threads=threads
     )
     return {Path(row.pop("trials")).name: row for row in result["lists"]}
 

@@ -18,7 +18,7 @@ from spkfast.training.config import TrainConfig, fine_tuned, flatten
 if TYPE_CHECKING:
     from spkfast.training.loop import Progress, Trainer
 
-_FINE_TUNING = "fine_tuning"
+FINE_TUNING = "fine_tuning"
 
 HELP = "train a speaker network, or resume a run that was cut off"
 
@@ -73,7 +73,7 @@ def _check_second(first: TrainConfig, second: TrainConfig) -> None:
         with torch.random.fork_rng(devices):
             Trainer(dataclasses.replace(second, init_from=None))
     except InputError as error:
-        raise InputError(f"{_FINE_TUNING}: {error}") from error
+        raise InputError(f"{FINE_TUNING}: {error}") from error
     gc.collect()
 
 
@@ -191,7 +191,7 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """The options of the run, and by dotted name the values of those of its fine-tuning."""
     import yaml
 
-    prefix = f"--{_FINE_TUNING}."
+    prefix = f"--{FINE_TUNING}."
     rest: list[str] = []
     differing: dict[str, Any] = {}
     arguments = iter(argv)
@@ -216,13 +216,13 @@ def _fine_tuning(parser: Any, given: list[dict[str, Any]], known: list[str]) -> 
     nested: dict[str, Any] = {}
     for values in given:
         _merge(nested, values)
-    names = _checked(nested, known, f"{_FINE_TUNING}.")
+    names = _checked(nested, known, f"{FINE_TUNING}.")
     try:
         typed = parser.parse_object(nested)
     except jsonargparse.ArgumentError as error:
-        raise InputError(f"{_FINE_TUNING}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{FINE_TUNING}: {' '.join(str(error).split())}") from error
     result: dict[str, Any] = {}
-    _merge(result, {name: typed[name] for name in (name.removeprefix(f"{_FINE_TUNING}.") for name in names)})
+    _merge(result, {name: typed[name] for name in (name.removeprefix(f"{FINE_TUNING}.") for name in names)})
     return result
 
 
@@ -273,7 +273,7 @@ def _checked(content: Mapping[str, Any], known: list[str], prefix: str = "") -> 
             raise InputError(f"unknown key {name!r}{nearest(name, known)}")
         if isinstance(value, Mapping) and any(other.startswith(f"{name}.") for other in known):
             names += _checked(value, known, f"{name}.")
-        elif name.removeprefix(f"{_FINE_TUNING}.") in leaves or name not in known:
+        elif name.removeprefix(f"{FINE_TUNING}.") in leaves or name not in known:
             names.append(name)
         else:
             raise InputError(f"{name} must hold keys and values, got {value!r}")
@@ -284,7 +284,7 @@ def _keys() -> list[str]:
     """Dotted names of all fields, sections included, those of the fine-tuning too."""
     leaves = list(flatten(TrainConfig()))
     keys = [*leaves, *dict.fromkeys(leaf.rpartition(".")[0] for leaf in leaves if "." in leaf)]
-    return [*keys, *(f"{_FINE_TUNING}.{key}" for key in keys if key != _FINE_TUNING)]
+    return [*keys, *(f"{FINE_TUNING}.{key}" for key in keys if key != FINE_TUNING)]
 
 
 def _is_known(key: str, known: list[str]) -> bool:
@@ -294,8 +294,8 @@ def _is_known(key: str, known: list[str]) -> bool:
 
 def _dictionaries() -> list[str]:
     """Dotted names of the fields that hold keywords of something else, those of the fine-tuning too."""
-    names = [name for name in _dictionaries_of(TrainConfig) if name != _FINE_TUNING]
-    return [*names, *(f"{_FINE_TUNING}.{name}" for name in names)]
+    names = [name for name in _dictionaries_of(TrainConfig) if name != FINE_TUNING]
+    return [*names, *(f"{FINE_TUNING}.{name}" for name in names)]
 
 
 def _dictionaries_of(config: Any, prefix: str = "") -> Iterator[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.accuracy.bundle import bundle, describe_parts, probe, row
+from benchmarks.accuracy.bundle import bundle, describe_parts, probe, row, stages
 from spkfast import InputError, SpeakerEncoder
 from spkfast.cli.main import main
 from spkfast.data.lists import Trial
@@ -39,12 +39,13 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+@pytest.fixture(scope="module", params=["", "fine_tuning: {steps: 5, loss: {margin: 0.4}}\n"], ids=["one", "two"])
+def recipe(tmp_path_factory, request):
+    """Of one run, and of one with a second."""
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(TINY.replace("recipe: room_or_noise", "recipe: none").replace("steps: 30", "steps: 8"))
     with open(path, "a") as file:
-        file.write("validation: {every: 4}\n")
+        file.write("validation: {every: 4}\n" + request.param)
     return path
 
 
@@ -73,15 +74,19 @@ def test_run_becomes_a_model_with_a_record(runs, data, recipe, tmp_path):
         record = bundle(run, held_out, data, "some-model", recipe=recipe, root=tmp_path)
     folder = tmp_path / "spkfast/models/bundled/some-model"
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "model.safetensors"]
-    encoder, trained = (SpeakerEncoder.load(path, device="cpu") for path in (folder, run))
+    two = "fine_tuning" in recipe.read_text()
+    assert stages(run) == [run, *[run / "fine_tuning"] * two]
+    encoder, trained = (SpeakerEncoder.load(path, device="cpu") for path in (folder, stages(run)[-1]))
     assert all(map(torch.equal, encoder.model.state_dict().values(), trained.model.state_dict().values()))
 
     settings = json.loads((run / "config.json").read_text())
-    last = json.loads((held_out / "validation.jsonl").read_text().splitlines()[-1])
+    last = json.loads((stages(held_out)[-1] / "validation.jsonl").read_text().splitlines()[-1])
     weights = (folder / "model.safetensors").read_bytes()
-    assert record["name"] == "some-model" and record["seed"] == 3 and record["steps"] == 8
+    assert record["name"] == "some-model" and record["seed"] == 3
+    assert record["steps"] == 8 + 5 * two
     assert record["recipe"] == "tiny.yaml" and record["config"] == recipe.read_text() and record["differences"] == {}
-    seconds = sum(json.loads(line)["seconds"] for line in (run / "log.jsonl").read_text().splitlines())
+    logs = [(stage / "log.jsonl").read_text().splitlines() for stage in stages(run)]
+    seconds = sum(json.loads(line)["seconds"] for log in logs for line in log)
     assert record["training_minutes"] == pytest.approx(seconds / 60)
     assert record["held_out"] == {**last["lists"]["held_out"], "speakers": 2}
     assert record["threshold"] == encoder.threshold.value == record["held_out"]["threshold"]
@@ -103,7 +108,9 @@ def test_figures_are_those_of_the_command(runs, data, recipe, tmp_path, capsys):
     record = bundle(*runs, data, "some-model", recipe=recipe, root=tmp_path)
     capsys.readouterr()
     trials = str(data / "trials_some.txt")
-    assert main(["evaluate", "--model", str(runs[0]), "--data", str(data), "--trials", trials, "--json"]) == 0
+    assert (
+        main(["evaluate", "--model", str(stages(runs[0])[-1]), "--data", str(data), "--trials", trials, "--json"]) == 0
+    )
     (found,) = json.loads(capsys.readouterr().out)["lists"]
     ours = record["lists"]["trials_some.txt"]
     shared = found.keys() & ours.keys()
@@ -117,6 +124,12 @@ def test_what_differs_from_the_recipe_is_recorded(runs, data, recipe, tmp_path):
     both = [edited(run, tmp_path / run.name, change) for run in runs]
     record = bundle(*both, data, "some-model", recipe=recipe, root=tmp_path)
     assert record["differences"] == {"optimizer.lr": 0.25}
+    if len(stages(runs[0])) == 2:
+        both = [
+            edited(run, tmp_path / f"{run.name}2", lambda found: found["fine_tuning"].update(steps=6)) for run in runs
+        ]
+        record = bundle(*both, data, "some-model", recipe=recipe, root=tmp_path)
+        assert record["differences"] == {"fine_tuning": {"steps": 6, "loss": {"margin": 0.4}}}
 
 
 def test_runs_that_do_not_belong_together_are_refused(runs, data, recipe, tmp_path):
@@ -135,9 +148,8 @@ def test_runs_that_do_not_belong_together_are_refused(runs, data, recipe, tmp_pa
     lines = (fewer / "utterances.csv").read_text().splitlines()
     (fewer / "utterances.csv").write_text("\n".join([lines[0], *lines[2:]]))
     refused("was trained on 18 utterances, .* has 17", data=fewer)
-    for name, file in (("b", "log.jsonl"), ("c", "validation.jsonl")):
-        without = edited(run if name == "b" else held_out, tmp_path / name, lambda settings: None)
-        (without / file).write_text("")
+    for name, of, file in (("b", run, "log.jsonl"), ("c", held_out, "validation.jsonl")):
+        (stages(edited(of, tmp_path / name, lambda settings: None))[-1] / file).write_text("")
     refused("does not tell the time of training", run=tmp_path / "b")
     refused("no validation in its log", held_out=tmp_path / "c")
 

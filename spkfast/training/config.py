@@ -30,6 +30,7 @@ _LIMITS: dict[str, dict[str, float]] = {
     "data.workers": {"at least": 0},
     "data.max_unreadable": {"at least": 0, "at most": 1},
     "loss.margin": {"at least": 0, "at most": 1.5},
+    "distillation.weight": {"above": 0, "below": math.inf},
     "optimizer.lr": {"at least": 0, "below": math.inf},
     "optimizer.lr_batch_size": {"at least": 1},
     "optimizer.momentum": {"at least": 0, "below": 1},
@@ -160,6 +161,23 @@ class LossConfig:
 
 
 @dataclasses.dataclass
+class DistillationConfig:
+    """Trained networks whose scores the new one learns (:mod:`spkfast.training.distillation`).
+
+    Args:
+        teachers: Models that ``SpeakerEncoder.load`` takes, or one; their front-end must be that of the run.
+        weight: Factor on what distillation adds to the loss.
+    """
+
+    teachers: list[str] | str = dataclasses.field(default_factory=list)
+    weight: float = 1000.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teachers, str):
+            self.teachers = [self.teachers]
+
+
+@dataclasses.dataclass
 class OptimizerConfig:
     """Optimiser.
 
@@ -267,6 +285,7 @@ class TrainConfig:
         frontend: The front-end.
         data: Training data.
         loss: Training objective.
+        distillation: What trained networks add to it.
         optimizer: Optimiser.
         schedule: Learning rate over the run.
         averaging: Which weights are validated and saved.
@@ -293,6 +312,7 @@ class TrainConfig:
     frontend: FrontendConfig = dataclasses.field(default_factory=FrontendConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     averaging: AveragingConfig = dataclasses.field(default_factory=AveragingConfig)
@@ -316,8 +336,8 @@ class TrainConfig:
 # (what the data hold is compared by fingerprint).
 FREE_ON_RESUME = frozenset(
     {"out", "checkpoint_minutes", "keep_checkpoints", "resume", "data.root", "data.train_list", "data.speakers",
-     "data.noise", "data.rir", "data.workers", "data.max_unreadable", "data.strict", "validation.trials",
-     "validation.root", "validation.held_out", "init_from", "fine_tuning", "wandb"}
+     "data.noise", "data.rir", "data.workers", "data.max_unreadable", "data.strict", "distillation.teachers",
+     "validation.trials", "validation.root", "validation.held_out", "init_from", "fine_tuning", "wandb"}
 )  # fmt: skip
 
 

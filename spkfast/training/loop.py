@@ -22,6 +22,7 @@ from spkfast.nn import SyncBatchNorm
 from spkfast.training import averaging, checkpoint, optimizers, schedule, task
 from spkfast.training.best import Best
 from spkfast.training.config import FREE_ON_RESUME, TrainConfig, check, flatten
+from spkfast.training.distillation import Teachers
 from spkfast.training.inputs import Inputs
 from spkfast.training.log import LOG, VALIDATION, RunLog, read_log, trackers
 from spkfast.training.meter import Meter, Rates
@@ -137,11 +138,14 @@ class Trainer:
 
         set_seed(config.seed)
         self._classes = Classes(inputs.corpus.speakers, inputs.speeds)
-        self._task = task.build(config.model, config.loss, self._spec, self._classes)
+        distillation = config.distillation
+        self._task = task.build(config.model, config.loss, self._spec, self._classes, distillation.weight)
         if config.init_from is not None and not found:
             taken = task.start_from(self._task, config.init_from, config.loss, self._spec, self._classes)
             if self.is_main_process:
                 warn(f"starts from {taken}")
+        sources = distillation.teachers
+        self._teachers = Teachers(sources, self._spec, accelerator.device) if sources else None
         if config.sync_batch_norm:
             SyncBatchNorm.convert(self._task.net)
         self._wrapped = accelerator.prepare(self._task)
@@ -153,6 +157,7 @@ class Trainer:
             "contents of the data": inputs.fingerprint,
             "contents of the trials": self._validation.fingerprint if self._validation else "",
             "number of processes": processes,
+            "teachers": self._teachers.fingerprints if self._teachers else [],
         }
         self._results: dict[str, ListResult] = {}
         self._skipped = 0
@@ -277,7 +282,8 @@ class Trainer:
                 features, target = self._inputs.features(part)
                 # Not the accelerator's own setting: that is fixed for the life of the process by its first run.
                 with torch.autocast(device, _AUTOCAST.get(config.precision), enabled=config.precision in _AUTOCAST):
-                    loss, stats = self._wrapped(features, target)
+                    scores = None if self._teachers is None else self._teachers.scores(features)
+                    loss, stats = self._wrapped(features, target, scores)
                 self._scaler.scale(loss * share).backward()
             total += share * torch.stack([loss.detach(), stats.accuracy, stats.target_cosine])
         self._scaler.unscale_(self._optimizer)

@@ -22,6 +22,7 @@ from spkfast.ops.margin_softmax_loss import MarginStats, check_form
 from spkfast.reference import MarginForm
 from spkfast.reference.change_speed import ratio
 from spkfast.training.config import LossConfig, ModelConfig, TrainConfig
+from spkfast.training.distillation import score_loss
 
 # Folder of the model of a finished run, and beside it: weights of its classes, and whose they are.
 MODEL = "model"
@@ -42,22 +43,34 @@ class Classes(NamedTuple):
 
 
 class SpeakerTask(nn.Module):
-    """Network and head as one module, so that mixed precision and data parallelism wrap both."""
+    """Network and head as one module, so that mixed precision and data parallelism wrap both.
+
+    Args:
+        net: The network.
+        head: The head.
+        distillation_weight: Factor on what distillation adds to the loss.
+    """
 
     net: SpeakerModel
     head: MarginSoftmaxLoss
 
-    def __init__(self, net: SpeakerModel, head: MarginSoftmaxLoss) -> None:
+    def __init__(self, net: SpeakerModel, head: MarginSoftmaxLoss, distillation_weight: float = 0.0) -> None:
         super().__init__()
         self.net, self.head = net, head
+        self._distillation_weight = distillation_weight
 
-    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, MarginStats]:
-        """Features (B, T, M) and labels (B,) to loss and statistics."""
-        loss, stats = self.head(self.net(features), target, return_stats=True, validate=False)
+    def forward(self, features: Tensor, target: Tensor, scores: Tensor | None = None) -> tuple[Tensor, MarginStats]:
+        """Features (B, T, M), labels (B,) and scores (B, B) of teachers, if any, to loss and statistics of the head."""
+        embeddings = self.net(features)
+        loss, stats = self.head(embeddings, target, return_stats=True, validate=False)
+        if scores is not None:
+            loss = loss + self._distillation_weight * score_loss(embeddings, scores)
         return loss, stats
 
 
-def build(model: ModelConfig, loss: LossConfig, spec: FrontendSpec, classes: Classes) -> SpeakerTask:
+def build(
+    model: ModelConfig, loss: LossConfig, spec: FrontendSpec, classes: Classes, distillation_weight: float = 0.0
+) -> SpeakerTask:
     """A network and a head with random weights.
 
     Raises:
@@ -69,7 +82,8 @@ def build(model: ModelConfig, loss: LossConfig, spec: FrontendSpec, classes: Cla
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"model.options: {error}") from error
-    return SpeakerTask(net, _head(loss, net.embedding_dim, len(classes.speakers) * len(classes.speeds)))
+    head = _head(loss, net.embedding_dim, len(classes.speakers) * len(classes.speeds))
+    return SpeakerTask(net, head, distillation_weight)
 
 
 def start_from(task: SpeakerTask, source: str, loss: LossConfig, spec: FrontendSpec, classes: Classes) -> str:

@@ -605,6 +605,7 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     """
     path, names = Path(source), models.bundled.list()
     if path.exists():
+        _refuse_checkpoint(path)
         return path
     name = os.fspath(source)  # as it was given: with a separator, as in ./name, it is a path
     if name in names:
@@ -614,6 +615,16 @@ def find_model(source: str | os.PathLike[str]) -> Path:
         "folder written by 'spkfast train' or SpeakerEncoder.save, or another toolkit's checkpoint, that is there: "
         "nothing is downloaded"
     )
+
+
+def _refuse_checkpoint(path: Path) -> None:
+    folder = path.parent if path.is_file() else path
+    if (folder / "run.json").is_file() and (folder / "state.pt").is_file():
+        run = folder.absolute().parent.parent
+        raise InputError(
+            f"{path}: is a checkpoint of training, for --resume only; the model of the run is in {run / 'model'} once "
+            f"it has ended, the best ones so far are in {run / 'best'}"
+        )
 
 
 def is_own(source: Path) -> bool:
@@ -676,7 +687,8 @@ def model_folder(source: Path) -> Path:
         found = [name for name in (_CONFIG, _WEIGHTS) if (folder / name).is_file()]
         if len(found) == 2:
             return folder
-        if found:
+        # A training run has its own settings in a file of this name.
+        if found and (_WEIGHTS in found or _has_format_version(folder / _CONFIG)):
             missing = _WEIGHTS if found == [_CONFIG] else _CONFIG
             raise InputError(f"{folder / missing}: no such file, but {found[0]} is there")
     raise InputError(f"{source}: not a model folder: holds no {_CONFIG} with {_WEIGHTS}")

@@ -82,6 +82,20 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def load_encoder(model: str, precision: str) -> SpeakerEncoder:
+    """The model of a command, which warns of audio without any sound: that has an embedding, but no speaker."""
+    from spkfast.inference import SpeakerEncoder
+
+    class Listener(SpeakerEncoder):
+        def load_audio(self, audio: Any, *args: Any, **options: Any) -> np.ndarray:
+            samples = super().load_audio(audio, *args, **options)
+            if samples.min() == samples.max():
+                print(f"warning: {audio}: holds no sound, all samples are equal: no speaker", file=sys.stderr)
+            return samples
+
+    return Listener.load(model, precision=precision)
+
+
 class BadFiles:
     """Files of a long list that cannot be used: told one by one, counted at the end.
 

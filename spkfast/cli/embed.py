@@ -15,6 +15,7 @@ from spkfast.cli.common import (
     add_batch_seconds,
     add_json,
     add_precision,
+    load_encoder,
     print_result,
     progress,
 )
@@ -53,9 +54,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--out must end with .npz, got {args.out}")
     files = collect(args.inputs)
 
-    from spkfast.inference import SpeakerEncoder
-
-    encoder = SpeakerEncoder.load(args.model, precision=args.precision)
+    encoder = load_encoder(args.model, args.precision)
     model = encoder.fingerprint
     sources = {key: str(path.resolve()) for key, path in files.items()}
     known, known_sources = _load_own(out, model, sources) if out.exists() else ({}, {})

@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import gc
+import os
+import re
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin
 
 from spkfast.cli.common import meter, print_result, shown_rates
-from spkfast.errors import InputError, nearest
+from spkfast.errors import InputError
 from spkfast.memory import keep_freed_memory
-from spkfast.training.config import TrainConfig, fine_tuned, flatten
+from spkfast.training.config import TrainConfig, changed, check_value, fine_tuned, fits, flatten, kinds
 
 if TYPE_CHECKING:
     from spkfast.training.loop import Progress, Trainer
 
 FINE_TUNING = "fine_tuning"
+# Names that other toolkits have for what is a key here.
+_SYNONYMS = {
+    "learning_rate": "lr",
+    "bs": "batch_size",
+    "epochs": "steps",
+    "num_epochs": "steps",
+    "max_epochs": "steps",
+    "max_steps": "steps",
+    "num_workers": "workers",
+}
+# Keys whose relative paths start from the working folder.
+_PATHS = ("data.train_list", "data.root", "data.speakers", "data.noise", "data.rir", "validation.trials",
+          "validation.root", "validation.held_out")  # fmt: skip
+_OTHER_OPTIONS = {
+    "strict": "As --data.strict true.",
+    "json": "Print the result as JSON.",
+    "print_config": "Print all settings as YAML, and end.",
+}
 
 HELP = "train a speaker network, or resume a run that was cut off"
 
@@ -79,7 +101,7 @@ def _check_second(first: TrainConfig, second: TrainConfig) -> None:
 
 def _train(config: TrainConfig, second: TrainConfig | None = None) -> dict[str, Any] | None:
     """Trains to the end; what came of it, in the main process. A second run that is to follow is checked before."""
-    from spkfast.training.log import read_log
+    from spkfast.training.log import mean_rate, read_log
     from spkfast.training.loop import Trainer
     from spkfast.training.task import MODEL
 
@@ -89,7 +111,8 @@ def _train(config: TrainConfig, second: TrainConfig | None = None) -> dict[str, 
     if config.resume and trainer.is_main_process:
         found = f"going on after step {trainer.first_step}" if trainer.first_step else "no checkpoint there yet"
         _say(f"{trainer.folder}: {found}")
-    last = follow(trainer)
+    with _stopping(trainer):
+        last = follow(trainer)
     if not trainer.is_main_process:
         return None
     bad = len(trainer.bad_files)
@@ -99,8 +122,10 @@ def _train(config: TrainConfig, second: TrainConfig | None = None) -> dict[str, 
         "model": str(trainer.folder / MODEL),
         "steps": last.step if last else trainer.first_step,
     }
-    for entry in read_log(trainer.folder)[-1:]:
-        result |= {name: entry[name] for name in ("loss", "accuracy", "crops_per_second")}
+    log = read_log(trainer.folder)
+    for entry in log[-1:]:
+        result |= {name: entry[name] for name in ("loss", "accuracy")}
+        result["crops_per_second"] = mean_rate(log, "crops_per_second")  # of the whole run
     result |= {"files_skipped": bad, **_validated(trainer.folder, config.validation.take)}
     report = trainer.folder / "report.html"
     return result | ({"report": str(report)} if report.is_file() else {})
@@ -116,6 +141,40 @@ def follow(trainer: Trainer) -> Progress | None:
             if update is not None:
                 update(step.step, step.steps, _note(step))
     return last
+
+
+@contextlib.contextmanager
+def _stopping(trainer: Trainer) -> Iterator[None]:
+    """While a signal to end lets the run write a checkpoint before the command ends; a second Ctrl-C does not wait.
+
+    Raises:
+        SystemExit: After a signal, with the exit status of a process that it ended.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not received and trainer.is_main_process:
+            # Not by print, in the midst of which the signal may have come.
+            os.write(2, b"stopping after a checkpoint; Ctrl-C ends at once\n")
+        received.append(number)
+        trainer.stop()
+
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    former = {number: handler for number, handler in former.items() if handler not in (signal.SIG_IGN, None)}
+    for number in former:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if received or trainer.stopped:
+        if trainer.is_main_process:
+            _say(f"{trainer.folder}: stopped; go on with --resume")
+        _leave_group()
+        raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
 
 
 def _note(progress: Progress) -> str:
@@ -152,78 +211,142 @@ def parse(argv: list[str]) -> tuple[TrainConfig, bool]:
     Raises:
         InputError: If the file is missing or no YAML, or a key or value is not one of TrainConfig's.
     """
+    import yaml
+
+    if not {"-h", "--help"}.isdisjoint(argv):
+        _print_help()
+        raise SystemExit(0)
+    known = _keys()
+    files, given, flags = _arguments(argv, known)
+    nested: dict[str, Any] = {}
+    for file in files:
+        _merge(nested, _read(file, known))
+    for name, value in given:
+        one: dict[str, Any] = {}
+        _merge(one, {name: value})
+        _checked(one, known)
+        _merge(nested, one)
+    run = _made(nested, known)
+    _check_paths(run, files)
+    if "print_config" in flags:
+        print(yaml.safe_dump(dataclasses.asdict(run), sort_keys=False), end="")
+        raise SystemExit(0)
+    return run, "json" in flags
+
+
+def _print_help() -> None:
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(
         prog="spkfast train",
         description="Train a speaker network. CONFIG is a YAML file; any key can be given as an option instead.",
         usage="spkfast train CONFIG [--key value ...] [--resume] [--strict] [--json]",
-        exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file; also as first argument")
+    parser.add_argument("--config", help="YAML file; also as the one argument without a name")
+    for name, text in _OTHER_OPTIONS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(TrainConfig, as_group=False)
-    argv = list(argv)
-    as_json = _take(argv, "--json")
-    for flag, key in (("--resume", "resume"), ("--strict", "data.strict")):
-        if _take(argv, flag):
-            argv.append(f"--{key}=true")
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--config")
-    known = _keys()
-    for position, argument in enumerate(argv):
-        option, _, value = argument.partition("=")
-        if option == "--config":
-            _check_file(Path(value or next(iter(argv[position + 1 :]), "")), known)
-        elif option.startswith("--") and not _is_known(option[2:], [*known, "help", "print_config"]):
-            raise InputError(f"unknown option {option}{nearest(option, ['--' + key for key in known])}")
-    argv, differing = _split(argv)
-    try:
-        config = parser.instantiate(parser.parse_args(argv))
-        run = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
-        if run.fine_tuning is not None or differing:
-            run.fine_tuning = _fine_tuning(parser, [run.fine_tuning or {}, differing], known)
-    except jsonargparse.ArgumentError as error:
-        raise InputError(" ".join(str(error).split())) from error
-    return run, as_json
+    parser.print_help()
 
 
-def _split(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The options of the run, and by dotted name the values of those of its fine-tuning."""
+def _arguments(argv: list[str], known: list[str]) -> tuple[list[Path], list[tuple[str, Any]], set[str]]:
+    """Config files, dotted names of options with their values, in the order given, and flags."""
+    files: list[Path] = []
+    given: list[tuple[str, Any]] = []
+    flags = set()
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            files.append(Path(argument))
+            continue
+        option, equals, text = argument.partition("=")
+        name = option.removeprefix("--")
+        if name in ("json", "print_config"):
+            if equals:
+                raise InputError(f"{option} takes no value, got {text!r}")
+            flags.add(name)
+            continue
+        if name == option or not (name in ("config", "strict") or _is_known(name, known)):
+            raise InputError(f"unknown option {option}{_suggestion(name, [*known, 'config', *_OTHER_OPTIONS], '--')}")
+        following = rest[0] if rest else "--"
+        if equals:
+            pass
+        elif name in ("resume", "strict") and following not in ("true", "false"):
+            text = "true"
+        elif following.startswith("--"):
+            raise InputError(f"{option}: expected a value")
+        else:
+            text = rest.pop(0)
+        if name == "config":
+            files.append(Path(text))
+        else:
+            name = "data.strict" if name == "strict" else name
+            given.append((name, _value(name, text, known)))
+    return files, given, flags
+
+
+def _value(name: str, text: str, known: list[str]) -> Any:
+    """The value of an option: what YAML makes of the text, or the text itself where that is what the key takes."""
     import yaml
 
-    prefix = f"--{FINE_TUNING}."
-    rest: list[str] = []
-    differing: dict[str, Any] = {}
-    arguments = iter(argv)
-    for argument in arguments:
-        if not argument.startswith(prefix):
-            rest.append(argument)
-            continue
-        option, is_given, value = argument.partition("=")
-        try:
-            differing[option.removeprefix(prefix)] = yaml.safe_load(value if is_given else next(arguments))
-        except StopIteration:
-            raise InputError(f"{option}: expected a value") from None
-        except yaml.YAMLError as error:
-            raise InputError(f"{option}: not a YAML value ({' '.join(str(error).split())})") from error
-    return rest, differing
-
-
-def _fine_tuning(parser: Any, given: list[dict[str, Any]], known: list[str]) -> dict[str, Any]:
-    """What differs in the fine-tuning, nested and of the types that a run has: an error would show after days only."""
-    import jsonargparse
-
-    nested: dict[str, Any] = {}
-    for values in given:
-        _merge(nested, values)
-    names = _checked(nested, known, f"{FINE_TUNING}.")
+    kind = kinds().get(name.removeprefix(f"{FINE_TUNING}."))
+    takes_text = kind is not None and fits(kind, text)
     try:
-        typed = parser.parse_object(nested)
-    except jsonargparse.ArgumentError as error:
-        raise InputError(f"{FINE_TUNING}: {' '.join(str(error).split())}") from error
-    result: dict[str, Any] = {}
-    _merge(result, {name: typed[name] for name in (name.removeprefix(f"{FINE_TUNING}.") for name in names)})
-    return result
+        value = _load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        if takes_text:
+            return text
+        raise InputError(f"--{name}: not a YAML value ({' '.join(str(error).split())})") from error
+    if takes_text and (not text.strip() or isinstance(value, str) or not (value is None or fits(kind, value))):
+        return text
+    if isinstance(value, str) and name in known and (kind is None or name == FINE_TUNING) and Path(value).is_file():
+        return _read(Path(value), known, f"{name}.")
+    return value
+
+
+def _load(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """With 1e-3 for a number, as in later versions of YAML."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+    return yaml.load(text, Loader)
+
+
+def _made(nested: dict[str, Any], known: list[str]) -> TrainConfig:
+    """The run of nested settings, whose values are checked; those of the fine-tuning too, which is days later."""
+    of_kind = kinds()
+    for name in _checked(nested, known):
+        kind = of_kind[name.removeprefix(f"{FINE_TUNING}.")]
+        *sections, key = name.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner[section]
+        check_value(name, kind, inner[key])
+        form = get_origin(kind) or kind
+        if form in (float, tuple):
+            inner[key] = form(inner[key])
+    made: TrainConfig = changed(TrainConfig(), nested)
+    return made
+
+
+def _check_paths(run: TrainConfig, files: list[Path]) -> None:
+    """A path that is right from the folder of the config is a likely mistake."""
+    values = flatten(run)
+    for name in _PATHS:
+        for value in values[name] if isinstance(values[name], list) else [values[name]]:
+            for file in files:
+                if isinstance(value, str) and value and not Path(value).exists() and (file.parent / value).exists():
+                    raise InputError(
+                        f"{name}: {value}: no such file or folder: relative paths start from the working folder, not "
+                        f"from that of {file}; there it is {file.parent / value}"
+                    )
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -241,22 +364,23 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             inner[key] = value
 
 
-def _check_file(path: Path, known: list[str]) -> None:
-    """A misspelt key is told with its place and the nearest one before the parser sees it."""
+def _read(path: Path, known: list[str], prefix: str = "") -> dict[str, Any]:
+    """The settings of a YAML file, or those of a section, whose names are checked."""
     import yaml
 
     if not path.is_file():
         raise InputError(f"{path}: is a folder, not a config file" if path.is_dir() else f"{path}: no such config file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = _load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold keys and values, found {type(content).__name__}")
     try:
-        _checked(content, known)
+        _checked(content, known, prefix)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    return content
 
 
 def _checked(content: Mapping[str, Any], known: list[str], prefix: str = "") -> list[str]:
@@ -270,7 +394,7 @@ def _checked(content: Mapping[str, Any], known: list[str], prefix: str = "") -> 
     for key, value in content.items():
         name = f"{prefix}{key}"
         if not _is_known(name, known):
-            raise InputError(f"unknown key {name!r}{nearest(name, known)}")
+            raise InputError(f"unknown key {name!r}{_suggestion(name, known)}")
         if isinstance(value, Mapping) and any(other.startswith(f"{name}.") for other in known):
             names += _checked(value, known, f"{name}.")
         elif name.removeprefix(f"{FINE_TUNING}.") in leaves or name not in known:
@@ -294,20 +418,19 @@ def _is_known(key: str, known: list[str]) -> bool:
 
 def _dictionaries() -> list[str]:
     """Dotted names of the fields that hold keywords of something else, those of the fine-tuning too."""
-    names = [name for name in _dictionaries_of(TrainConfig) if name != FINE_TUNING]
+    names = [name for name, kind in kinds().items() if fits(kind, {}) and name != FINE_TUNING]
     return [*names, *(f"{FINE_TUNING}.{name}" for name in names)]
 
 
-def _dictionaries_of(config: Any, prefix: str = "") -> Iterator[str]:
-    for name, kind in get_type_hints(config).items():
-        if dataclasses.is_dataclass(kind):
-            yield from _dictionaries_of(kind, f"{prefix}{name}.")
-        elif any(get_origin(part) is dict for part in (kind, *get_args(kind))):
-            yield prefix + name
-
-
-def _take(argv: list[str], flag: str) -> bool:
-    if flag not in argv:
-        return False
-    argv.remove(flag)
-    return True
+def _suggestion(name: str, known: list[str], prefix: str = "") -> str:
+    """The key most like an unknown one: by its last part, since a section in common makes no key alike."""
+    *sections, key = name.split(".")
+    ends: dict[str, list[str]] = {}
+    for other in known:
+        if other.startswith(f"{FINE_TUNING}.") == (sections[:1] == [FINE_TUNING]):
+            ends.setdefault(other.rpartition(".")[2], []).append(other)
+    ends = {theirs: ends[ours] for theirs, ours in _SYNONYMS.items() if ours in ends} | ends
+    for close in difflib.get_close_matches(key.replace("-", "_"), ends, n=1):
+        likely = difflib.get_close_matches(".".join([*sections, close]), ends[close], n=1, cutoff=0)
+        return f" (did you mean {prefix + likely[0]!r}?)"
+    return ""

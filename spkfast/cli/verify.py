@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from spkfast.cli.common import MODEL_HELP, Parser, add_backend, add_json, add_precision, print_result
+from spkfast.cli.common import MODEL_HELP, Parser, add_backend, add_json, add_precision, load_encoder, print_result
 
 HELP = "score and decision for two files"
+# What spkfast.training.validation calls the trials of such speakers; it would load all that training needs.
+_HELD_OUT = "held_out"
 
 
 def main(argv: list[str]) -> None:
@@ -18,9 +20,7 @@ def main(argv: list[str]) -> None:
     add_json(parser)
     args = parser.parse_args(argv)
 
-    from spkfast.inference import SpeakerEncoder
-
-    encoder = SpeakerEncoder.load(args.model, precision=args.precision)
+    encoder = load_encoder(args.model, args.precision)
     score, same_speaker, threshold = encoder.verify(args.a, args.b, backend=args.backend)
     result = {
         "score": score,
@@ -28,9 +28,11 @@ def main(argv: list[str]) -> None:
         "threshold": threshold,
         "threshold_list": encoder.threshold.list if encoder.threshold else None,
     }
-    decision = {
-        None: "none (the model has no threshold)",
-        True: f"same speaker (threshold {threshold}, set on {result['threshold_list']})",
-        False: f"different speakers (threshold {threshold}, set on {result['threshold_list']})",
-    }[same_speaker]
+    if threshold is None:
+        decision = "none (the model has no threshold)"
+    else:
+        origin = result["threshold_list"]
+        origin = "speakers held out of its training" if origin == _HELD_OUT else origin
+        words = "same speaker" if same_speaker else "different speakers"
+        decision = f"{words} (threshold {threshold:.4f}, set on {origin})"
     print_result(result, args.json, shown={"cosine": f"{score:.4f}", "decision": decision})

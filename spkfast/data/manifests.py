@@ -138,7 +138,8 @@ def _corpus(
     # One look instead of millions: where paths start is what is most often wrong, and then all of them are.
     if not os.path.exists(entries[0].path):
         warn(
-            f"{entries[0].path}: no such file; relative paths start from {base or '.'}, another folder is given as root"
+            f"{entries[0].path}: no such file; relative paths start from {base or 'the working folder'}, another "
+            "folder is given as root (--data.root in 'spkfast train', else --root)"
         )
     return Corpus(entries, name)
 

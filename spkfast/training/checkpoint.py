@@ -15,6 +15,12 @@ from spkfast.errors import InputError
 
 FORMAT_VERSION = 3
 _STATE, _RUN = "state.pt", "run.json"
+# The keys of the config that settle what is compared beside its values.
+_SET_BY = {
+    "contents of the data": "data.train_list, data.speakers, data.noise, data.rir",
+    "contents of the trials": "validation.trials, validation.held_out",
+    "teachers": "distillation.teachers",
+}
 
 
 def save(
@@ -98,8 +104,31 @@ def load(
         raise InputError(f"{path}: not a whole checkpoint ({error})") from error
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: checkpoint format version {version}, this spkfast reads version {FORMAT_VERSION}")
+    check_settings(path, theirs, settings, free)
+    try:
+        state, own = (
+            torch.load(path / name, map_location="cpu", weights_only=True) for name in (_STATE, _own(accelerator))
+        )
+    except Exception as error:  # whatever torch's reader raises for a damaged file
+        raise InputError(f"{path}: cannot be restored ({_told(error)})") from error
+    return step, state, own
+
+
+def check_settings(path: Path, theirs: dict[str, Any], settings: dict[str, Any], free: frozenset[str]) -> None:
+    """Refuses to go on with a run under other settings.
+
+    Args:
+        path: Where ``theirs`` were found.
+        theirs: Settings of the run.
+        settings: Those given now.
+        free: Which of them may differ.
+
+    Raises:
+        InputError: If others differ, all of which the message names.
+    """
     differing = [
-        f"{key}={theirs.get(key)!r}, the config has {settings.get(key)!r}"
+        f"{key}{f' ({_SET_BY[key]})' if key in _SET_BY else ''}={theirs.get(key)!r}, the config has "
+        f"{settings.get(key)!r}"
         for key in sorted(set(settings) | set(theirs))
         if key not in free and settings.get(key) != theirs.get(key)
     ]
@@ -108,13 +137,6 @@ def load(
             f"{path}: was trained with {'; with '.join(differing)}; resume with the same settings or choose another "
             "folder"
         )
-    try:
-        state, own = (
-            torch.load(path / name, map_location="cpu", weights_only=True) for name in (_STATE, _own(accelerator))
-        )
-    except Exception as error:  # whatever torch's reader raises for a damaged file
-        raise InputError(f"{path}: cannot be restored ({_told(error)})") from error
-    return step, state, own
 
 
 def _first(errors: list[str]) -> str:

@@ -8,12 +8,15 @@ import math
 import operator
 import os
 import re
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from spkfast.errors import InputError, check_name
 
-# A length or a point of a run: steps, or words such as "6 epochs" or "30 %" of the run.
-Span = int | str
+# A length or a point of a run, and the length of the run itself; with the words of errors for them. A float is one of
+# steps too, since 1e5 is one.
+Span = Annotated[int | float | str, "a number of steps, 'N epochs' or 'N %' of the run"]
+RunLength = Annotated[int | float | str, "a number of steps or 'N epochs'"]
 
 # Batch norm needs two rows to have a variance.
 LEAST_ROWS = 2
@@ -30,7 +33,7 @@ _LIMITS: dict[str, dict[str, float]] = {
     "data.workers": {"at least": 0},
     "data.max_unreadable": {"at least": 0, "at most": 1},
     "loss.margin": {"at least": 0, "at most": 1.5},
-    "distillation.weight": {"above": 0, "below": math.inf},
+    "distillation.weight": {"at least": 0, "below": math.inf},
     "optimizer.lr": {"at least": 0, "below": math.inf},
     "optimizer.lr_batch_size": {"at least": 1},
     "optimizer.momentum": {"at least": 0, "below": 1},
@@ -44,6 +47,17 @@ _LIMITS: dict[str, dict[str, float]] = {
     "averaging.decay": {"at least": 0, "below": 1},
     "averaging.snapshots": {"at least": 1},
     "validation.keep": {"at least": 0},
+}
+# What a field holds, as errors tell it.
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list of texts",
+    tuple: "two numbers",
+    dict: "keys and values",
+    NoneType: "null",
 }
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 # What the first run settles for the second; by the seed the speakers held out are drawn.
@@ -166,11 +180,11 @@ class DistillationConfig:
 
     Args:
         teachers: Models that ``SpeakerEncoder.load`` takes, or one; their front-end must be that of the run.
-        weight: Factor on what distillation adds to the loss.
+        weight: Factor on the mean squared difference from their scores, which is added to the loss.
     """
 
     teachers: list[str] | str = dataclasses.field(default_factory=list)
-    weight: float = 1000.0
+    weight: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.teachers, str):
@@ -210,7 +224,7 @@ class ScheduleConfig:
 
     Args:
         name: ``cosine``, ``exponential``, ``cosine_restarts``, ``cyclic`` (a triangle in each cycle), ``step`` or
-            ``constant``; docs/training.md has the formulas.
+            ``constant``; docs/schedules.md has the formulas.
         final_lr: Lowest learning rate, at the end of the run or of a cycle; not of ``step`` and ``constant``.
         warmup: Span over which the learning rate grows, linearly, at the start and, of ``cosine_restarts``, of each
             cycle.
@@ -317,7 +331,7 @@ class TrainConfig:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     averaging: AveragingConfig = dataclasses.field(default_factory=AveragingConfig)
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
-    steps: Span = 10000
+    steps: RunLength = 10000
     batch_size: int = 64
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -347,6 +361,8 @@ def check(config: TrainConfig) -> None:
     Raises:
         InputError: If one is missing, unknown, out of range or at odds with another; the message names it.
     """
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"config must be a TrainConfig, got {_told(config)}")
     if not config.out:
         raise InputError("out must name a folder")
     if not config.data.train_list:
@@ -360,12 +376,18 @@ def check(config: TrainConfig) -> None:
         )
     if validation.take == "best" and not validation.keep:
         raise InputError("validation.keep must be at least 1 with validation.take=best, got 0")
+    distillation = config.distillation
+    if bool(distillation.teachers) != bool(distillation.weight):
+        raise InputError(
+            "distillation.weight must be above 0 with distillation.teachers, and 0 without, got "
+            f"{distillation.weight!r} and {distillation.teachers!r}"
+        )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("wandb names a project, but Weights & Biases is not installed: pip install wandb")
 
 
 def check_values(config: Any, prefix: str = "") -> None:
-    """Refuses names that are not known, and numbers that make no sense whatever the other settings are.
+    """Refuses values of another kind than their field's, and those that make no sense whatever the other settings are.
 
     Args:
         config: A config, or a section of one.
@@ -374,24 +396,77 @@ def check_values(config: Any, prefix: str = "") -> None:
     Raises:
         InputError: Then.
     """
-    for field, kind in get_type_hints(type(config)).items():
-        name, value = prefix + field, getattr(config, field)
-        if dataclasses.is_dataclass(value):
+    for field, kind in get_type_hints(type(config), include_extras=True).items():
+        name, value, is_section = prefix + field, getattr(config, field), dataclasses.is_dataclass(kind)
+        if not is_section:
+            check_value(name, kind, value)
+        elif isinstance(value, kind):
             check_values(value, f"{name}.")
-        elif get_origin(kind) is Literal:
-            check_name(name, str(value), list(get_args(kind)))
-        elif name in _LIMITS and (value is not None or type(None) not in get_args(kind)):
-            for number in value if isinstance(value, list | tuple) else [value]:
-                _check_number(name, number)
+        else:
+            raise InputError(f"{name} must be a {kind.__name__}, got {_told(value)}")
 
 
-def _check_number(name: str, number: Any) -> None:
-    limits = _LIMITS[name]
-    is_number = isinstance(number, int | float) and not isinstance(number, bool)
-    if not is_number or not all(_HOLDS[word](number, limit) for word, limit in limits.items()):
-        raise InputError(
-            f"{name} must be {' and '.join(f'{w} {limit}' for w, limit in limits.items())}, got {number!r}"
-        )
+def check_value(name: str, kind: Any, value: Any) -> None:
+    """Refuses a value that the field of this name cannot have.
+
+    Args:
+        name: Dotted name of the field.
+        kind: Its type, as :func:`kinds` tells it.
+        value: What it is to hold.
+
+    Raises:
+        InputError: Then; the message tells what was expected.
+    """
+    if get_origin(kind) is Literal:
+        check_name(name, str(value), list(get_args(kind)))
+    elif not fits(kind, value):
+        raise InputError(f"{name} must be {_expected(kind)}, got {_told(value)}")
+    parts = value if isinstance(value, list | tuple) else [value]
+    # As a path, no text would be the working folder.
+    if any(isinstance(part, str) and not part.strip() for part in parts):
+        raise InputError(f"{name} must not be empty{', give null for none' if fits(kind, None) else ''}")
+    limits = _LIMITS.get(name, {})
+    for part in parts:
+        if part is not None and not all(_HOLDS[word](part, limit) for word, limit in limits.items()):
+            raise InputError(f"{name} must be {' and '.join(f'{w} {n}' for w, n in limits.items())}, got {part!r}")
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of the type of a field; a whole number is a number too, and a list will do as a tuple."""
+    form, parts = get_origin(kind) or kind, get_args(kind)
+    if form in (Union, UnionType):
+        return any(fits(part, value) for part in parts)
+    if form is Annotated:
+        return fits(parts[0], value)
+    if form is Literal:
+        return value in parts
+    if form in (int, float):
+        return isinstance(value, int | form) and not isinstance(value, bool)
+    if form is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(parts) and all(map(fits, parts, value))
+    if form is list:
+        return isinstance(value, list) and all(fits(parts[0], part) for part in value)
+    return isinstance(value, form)
+
+
+def kinds(config: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of all leaves of a nested dataclass and their types."""
+    out: dict[str, Any] = {}
+    for field, kind in get_type_hints(config, include_extras=True).items():
+        out.update(kinds(kind, f"{prefix}{field}.") if dataclasses.is_dataclass(kind) else {prefix + field: kind})
+    return out
+
+
+def _expected(kind: Any) -> str:
+    form, parts = get_origin(kind) or kind, get_args(kind)
+    if form is Annotated:
+        return str(parts[1])
+    return " or ".join(map(_expected, parts)) if form in (Union, UnionType) else _KINDS[form]
+
+
+def _told(value: Any) -> str:
+    """A value, if YAML has such ones: else its type, as what is printed of a network has many lines."""
+    return repr(value) if isinstance(value, tuple(_KINDS)) else f"an object of {type(value).__qualname__}"
 
 
 def fine_tuned(config: TrainConfig) -> TrainConfig | None:
@@ -406,18 +481,19 @@ def fine_tuned(config: TrainConfig) -> TrainConfig | None:
     for name in _OF_THE_FIRST_RUN:
         if name in config.fine_tuning:
             raise InputError(f"fine_tuning.{name} must be left out, as the first run settles it")
-    changed: TrainConfig = _changed(config, config.fine_tuning)
+    second: TrainConfig = changed(config, config.fine_tuning)
     out = os.path.join(config.out, "fine_tuning")
-    return dataclasses.replace(changed, out=out, init_from=config.out, fine_tuning=None)
+    return dataclasses.replace(second, out=out, init_from=config.out, fine_tuning=None)
 
 
-def _changed(value: Any, changes: Any) -> Any:
+def changed(value: Any, changes: Any) -> Any:
+    """A config, or a section of one, in which nested changes are made; dictionaries get what is named in them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(
-            value, **{name: _changed(getattr(value, name, None), new) for name, new in changes.items()}
+            value, **{name: changed(getattr(value, name, None), new) for name, new in changes.items()}
         )
     if isinstance(value, dict) and isinstance(changes, dict):
-        return value | {name: _changed(value.get(name), new) for name, new in changes.items()}
+        return value | {name: changed(value.get(name), new) for name, new in changes.items()}
     return changes
 
 

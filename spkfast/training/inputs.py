@@ -160,9 +160,13 @@ def _recipe(data: DataConfig) -> Recipe:
         made = recipe(data.augment.recipe, **data.augment.options)
     except InputError as error:
         raise InputError(f"data.augment: {error}") from error
-    for name in ("noise", "rir"):
-        if getattr(data, name) is not None and not made.needs & ({"rir"} if name == "rir" else {*CATEGORIES}):
-            raise InputError(f"data.{name} is given, but data.augment.recipe={data.augment.recipe} uses none")
+    used = {"noise": made.needs & {*CATEGORIES}, "rir": made.needs & {"rir"}}
+    idle = [name for name in used if getattr(data, name) is not None and not used[name]]
+    if idle:
+        raise InputError(
+            f"data.{idle[0]} is given, but data.augment.recipe={data.augment.recipe} uses none; leave it out by "
+            + " ".join(f"--data.{name} null" for name in idle)
+        )
     return made
 
 

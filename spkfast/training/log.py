@@ -7,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from spkfast.training.config import TrainConfig, flatten
 
 LOG = "log.jsonl"
 VALIDATION = "validation.jsonl"
+_TENSORBOARD = "tensorboard"
 
 
 def _warn(message: str) -> None:
@@ -87,6 +88,13 @@ def read_log(folder: str | os.PathLike[str], name: str = LOG) -> list[dict[str, 
         return [entry for entry in map(_entry, file) if entry is not None]
 
 
+def mean_rate(log: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean of a rate over the time that the entries of a log tell of; None where they do not."""
+    known = [entry for entry in log if entry.get(name) is not None and entry.get("seconds")]
+    total = math.fsum(entry["seconds"] for entry in known)
+    return math.fsum(entry[name] * entry["seconds"] for entry in known) / total if total else None
+
+
 def trackers(config: TrainConfig) -> list[Any]:
     """What shows the log elsewhere: ``log_with`` of an accelerate ``Accelerator``, which starts them.
 
@@ -96,10 +104,16 @@ def trackers(config: TrainConfig) -> list[Any]:
     from accelerate.tracking import TensorBoardTracker, WandBTracker
     from accelerate.utils import is_tensorboard_available
 
-    made: list[Any] = [TensorBoardTracker("tensorboard", config.out)] if is_tensorboard_available() else []
+    made: list[Any] = [TensorBoardTracker(_TENSORBOARD, config.out)] if is_tensorboard_available() else []
     if config.wandb:
         made.append(WandBTracker(config.wandb, dir=config.out, config=flatten(config)))
     return made
+
+
+def drop_events(folder: str | os.PathLike[str]) -> None:
+    """Removes what TensorBoard has of a run that starts anew: it would show both as one."""
+    for path in (Path(folder) / _TENSORBOARD).glob("events.out.tfevents.*"):
+        path.unlink()
 
 
 def finite(value: Any) -> Any:

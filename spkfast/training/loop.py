@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +27,8 @@ from spkfast.training.best import Best
 from spkfast.training.config import FREE_ON_RESUME, TrainConfig, check, flatten
 from spkfast.training.distillation import Teachers
 from spkfast.training.inputs import Inputs
-from spkfast.training.log import LOG, VALIDATION, RunLog, read_log, trackers
+from spkfast.training.lock import locked
+from spkfast.training.log import LOG, VALIDATION, RunLog, drop_events, read_log, trackers
 from spkfast.training.meter import Meter, Rates
 from spkfast.training.report import CONFIG, write_training_report
 from spkfast.training.task import Classes, SpeakerTask
@@ -35,6 +39,8 @@ __all__ = ["Progress", "Trainer", "read_log"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Steps in a row that fp16 may skip: the factor on the gradients, halved each time, is far below 1 then.
 _MOST_SKIPPED = 40
+# All settings, as 'spkfast train' reads them.
+_SETTINGS = "config.yaml"
 
 
 class Progress(NamedTuple):
@@ -84,9 +90,11 @@ class Trainer:
         first_step: Steps that were already done.
         steps: Steps of the run.
         dataset: Crops of the training data.
+        stopped: Whether the run has ended because :meth:`stop` was called, in whatever process.
 
     Raises:
-        InputError: If the config, a list or a checkpoint cannot be used.
+        InputError: If the config, a list or a checkpoint cannot be used, or ``out`` holds an earlier run that is not to
+            be resumed.
     """
 
     def __init__(self, config: TrainConfig, warn: Callable[[str], None] = lambda message: None) -> None:
@@ -99,10 +107,11 @@ class Trainer:
         self.folder = Path(config.out)
         found = checkpoint.checkpoints(self.folder / "checkpoints")
         has_ended = (self.folder / task.MODEL).exists()
-        if (found or has_ended) and not config.resume:
+        held = "checkpoints" if found else "the model" if has_ended else _remains(self.folder)
+        if held and not config.resume:
             raise InputError(
-                f"{self.folder}: holds {'checkpoints' if found else 'the model'} of an earlier run; "
-                f"{'resume it with --resume or ' if found else ''}choose another --out"
+                f"{self.folder}: holds {held} of an earlier run; "
+                f"{'' if has_ended and not found else 'resume it with --resume or '}choose another --out"
             )
         if has_ended and not found:
             raise InputError(
@@ -124,7 +133,7 @@ class Trainer:
                 validation, inputs.held, sample_rate=self._spec.sample_rate, seed=config.seed, rank=rank, warn=warn,
                 frame_length=self._spec.frame_length,
             )  # fmt: skip
-            self._validation.check_disjoint(inputs.corpus)
+            self._validation.check_disjoint(inputs.corpus.speakers)
             self._best = Best(self.folder / "best", validation.keep) if validation.keep else None
         elif validation.take == "best":
             raise InputError("validation.take=best needs validation.trials or validation.held_out")
@@ -146,6 +155,10 @@ class Trainer:
                 warn(f"starts from {taken}")
         sources = distillation.teachers
         self._teachers = Teachers(sources, self._spec, accelerator.device) if sources else None
+        if self._validation is not None:
+            for source in dict.fromkeys([*([config.init_from] if config.init_from and not found else []), *sources]):
+                before = set(task.trained_on(source)).difference(inputs.corpus.speakers)  # the others were told
+                self._validation.check_disjoint(before, f"were trained on in {source}")
         if config.sync_batch_norm:
             SyncBatchNorm.convert(self._task.net)
         self._wrapped = accelerator.prepare(self._task)
@@ -159,8 +172,11 @@ class Trainer:
             "number of processes": processes,
             "teachers": self._teachers.fingerprints if self._teachers else [],
         }
+        if config.resume and not found:
+            _check_begun(self.folder / CONFIG, self._settings)
         self._results: dict[str, ListResult] = {}
         self._skipped = 0
+        self._asked_to_stop = self.stopped = False
         torch.manual_seed(config.seed + rank)  # as for dropout, which is each process's own
         self.first_step = self._restore(found[-1]) if found else 0
 
@@ -184,12 +200,24 @@ class Trainer:
         """What comes of the run: the weights as they are, or their average."""
         return self._task if self._average is None else cast(SpeakerTask, self._average.net)
 
+    def stop(self) -> None:
+        """Lets :meth:`run` write a checkpoint and end, as a handler of a signal may ask at any time.
+
+        It does so after the present step; where there are several processes, at the next entry of the log after one of
+        them was asked. A validation that is under way is finished.
+        """
+        self._asked_to_stop = True
+
     def run(self) -> Iterator[Progress]:
         """Trains, one item for each step.
 
         Raises:
-            InputError: If the loss is not finite, or files cannot be read.
+            InputError: If the loss is not finite, files cannot be read, or another run is writing into ``out``.
         """
+        with self._alone():
+            yield from self._run()
+
+    def _run(self) -> Iterator[Progress]:
         config, accelerator, inputs = self._config, self._accelerator, self._inputs
         self._begin()
         log, validations = (
@@ -203,7 +231,9 @@ class Trainer:
         before: _Launched | None = None
         batches = iter(inputs.batches())
         for done in itertools.count(self.first_step + 1):
-            with meter.waiting():
+            # By the first of them the processes that read are begun.
+            is_first = done == self.first_step + 1
+            with meter.waiting(), _signals_for_this_process() if is_first else contextlib.nullcontext():
                 batch = next(batches, None)
             if batch is None:
                 break
@@ -213,7 +243,8 @@ class Trainer:
                 self._average.update(done)
             meter.end(len(batch.labels) * accelerator.num_processes)
             # The numbers of the step before are read while the device is at this one.
-            due = done % config.log_steps == 0 or done == self.steps
+            stops = self._asked_to_stop and accelerator.num_processes == 1
+            due = done % config.log_steps == 0 or done == self.steps or stops
             validate = self._validation is not None and (done % self._validate_every == 0 or done == self.steps)
             for one in (before, launched if due or validate else None):
                 if one is not None:
@@ -236,16 +267,38 @@ class Trainer:
             with meter.paused():
                 if validate:
                     self._validate(done, validations)
-                minutes = (time.monotonic() - saved) / 60
-                if due and self._agreed(minutes >= config.checkpoint_minutes or done == self.steps):
-                    self._save(done)
-                    saved = time.monotonic()
+                if due:
+                    late = (time.monotonic() - saved) / 60 >= config.checkpoint_minutes
+                    late, self.stopped = self._agreed(late, self._asked_to_stop)
+                    if late or self.stopped or done == self.steps:
+                        self._save(done, is_last=self.stopped or done == self.steps)
+                        saved = time.monotonic()
+            if self.stopped and done < self.steps:
+                self._leave()
+                return
         self._finish()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other run writes into the folder; in all processes, or refused in all."""
+        from accelerate.utils import gather_object
+
+        with contextlib.ExitStack() as stack:
+            error = ""
+            if self.is_main_process:
+                try:
+                    stack.enter_context(locked(self.folder))
+                except InputError as reason:
+                    error = str(reason)
+            error = next(filter(None, gather_object([error])), "")
+            if error:
+                raise InputError(error)
+            yield
 
     def _begin(self) -> None:
         accelerator = self._accelerator
-        if self.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if self.is_main_process and not self.first_step:
+            drop_events(self.folder)
         accelerator.init_trackers("")  # each tracker knows its own
         if self.is_main_process:
             corpus = self._inputs.corpus
@@ -260,7 +313,8 @@ class Trainer:
                 "processes": accelerator.num_processes,
                 "device": str(accelerator.device),
             }
-            (self.folder / CONFIG).write_text(json.dumps({**self._settings, "run": found}, indent=1) + "\n")
+            _write(self.folder / CONFIG, json.dumps({**self._settings, "run": found}, indent=1) + "\n")
+            _write(self.folder / _SETTINGS, _yaml(self._config))
             if self._best is not None:  # of later steps, or of a run that was cut off before its first checkpoint
                 self._best.drop_after(self.first_step)
         self._wrapped.train()
@@ -376,7 +430,7 @@ class Trainer:
             except OSError as error:
                 self._warn(f"{self.folder / 'best'}: the model of step {done} could not be written ({error})")
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, *, is_last: bool) -> None:
         """A checkpoint; where it cannot be written, training goes on with the last one."""
         accelerator, average = self._accelerator, self._average
         state = {
@@ -393,7 +447,7 @@ class Trainer:
         folder, keep = self.folder / "checkpoints", self._config.keep_checkpoints
         error = checkpoint.save(folder, done, state, own, self._settings, keep, accelerator)
         if error:
-            if done == self.steps:
+            if is_last:
                 raise InputError(f"{folder}: the last checkpoint could not be written ({error}); free space, --resume")
             if self.is_main_process:
                 self._warn(
@@ -421,11 +475,10 @@ class Trainer:
             raise InputError(f"{path}: cannot be restored ({' '.join(str(error).split())[:200]})") from error
         return step
 
-    def _agreed(self, decision: bool) -> bool:
-        """The main process's decision: clocks differ, and a process that saved alone would wait for ever."""
-        from accelerate.utils import broadcast
-
-        return bool(broadcast(torch.tensor(decision, device=self._accelerator.device, dtype=torch.uint8)))
+    def _agreed(self, *decisions: bool) -> list[bool]:
+        """Which of these any process has taken: clocks differ, and a process that saved alone would wait for ever."""
+        taken = torch.tensor(decisions, device=self._accelerator.device, dtype=torch.int32)
+        return [count > 0 for count in self._accelerator.reduce(taken, "sum").tolist()]
 
     def _finish(self) -> None:
         from safetensors import SafetensorError
@@ -449,10 +502,62 @@ class Trainer:
                 write_training_report(self.folder)
             except OSError as error:  # the model is there
                 self._warn(f"{self.folder}: no report could be written ({error})")
+        self._leave()
+
+    def _leave(self) -> None:
         self._accelerator.wait_for_everyone()
         # Not accelerator.end_training(): another run may follow, among the same processes.
         for tracker in self._accelerator.trackers:
             tracker.finish()
+
+
+def _remains(folder: Path) -> str:
+    """What a run that was cut off before its first checkpoint has left of its work, in words."""
+    held = [name for name in (LOG, VALIDATION) if read_log(folder, name)]
+    return ", ".join([*held, *(["best/"] if any((folder / "best").glob("step_*")) else [])])
+
+
+def _check_begun(path: Path, settings: dict[str, Any]) -> None:
+    """Refuses other settings than those of a run that was cut off before its first checkpoint, if there is one."""
+    if not path.exists():
+        return
+    try:
+        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); choose another --out") from error
+    theirs.pop("run", None)  # what was found, not set
+    checkpoint.check_settings(path, theirs, settings, FREE_ON_RESUME)
+
+
+def _yaml(config: TrainConfig) -> str:
+    import yaml
+
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # without tuples
+    del settings["resume"]  # of the command, not of the run
+    return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _signals_for_this_process() -> Iterator[None]:
+    """Processes that are begun within are deaf to signals to end, which may go to all of a group at once.
+
+    The training process ends them when it has done what it does on such a signal.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -52,9 +52,9 @@ class Length:
             return int(value)
         words = _WORDS.fullmatch(value.strip()) if isinstance(value, str) else None
         if words is None:
-            raise InputError(
-                f"{name} must be a number of steps, 'N epochs' or 'N %' of the run, and at least 0, got {value!r}"
-            )
+            # The length of the run, which is not known here yet, is no share of it.
+            forms = ", 'N epochs' or 'N %' of the run" if self.steps else " or 'N epochs'"
+            raise InputError(f"{name} must be a number of steps{forms}, and at least 0, got {value!r}")
         # A fraction, since 0.29 of 100 steps is less than 29 in floating point.
         number, unit = Fraction(words[1]), words[2]
         return round(number * self.steps / 100 if unit == "%" else number * self.steps_per_epoch)

@@ -109,9 +109,7 @@ def start_from(task: SpeakerTask, source: str, loss: LossConfig, spec: FrontendS
         told = ", ".join(f"{name}={theirs.get(name)!r}, the config {ours.get(name)!r}" for name in differing)
         raise InputError(f"init_from: the network of {source} has {told}")
     task.net.load_state_dict(net.state_dict())
-    found = find_model(source)
-    folder = model_folder(found) if is_own(found) else found
-    path = next((path for path in (folder / HEAD, folder.parent / HEAD) if path.is_file()), None)
+    path = _head_of(source)
     if path is None:
         return f"the network of {source}; its speakers are not known, the head starts anew"
     tensors, had = read_head(path)
@@ -132,6 +130,18 @@ def start_from(task: SpeakerTask, source: str, loss: LossConfig, spec: FrontendS
     old.keep_speakers([place[name] for name in names])
     task.head.load_state_dict(old.state_dict())
     return f"the network of {source} and {len(names) - len(new)} of its {len(had.names)} classes; {len(new)} are new"
+
+
+def trained_on(source: str) -> Sequence[str]:
+    """Speakers that a network was trained on, as far as they are known; takes what :func:`start_from` does."""
+    path = _head_of(source)
+    return () if path is None else read_head(path)[1].speakers
+
+
+def _head_of(source: str) -> Path | None:
+    found = find_model(source)
+    folder = model_folder(found) if is_own(found) else found
+    return next((path for path in (folder / HEAD, folder.parent / HEAD) if path.is_file()), None)
 
 
 def check_continues(first: TrainConfig, second: TrainConfig) -> None:

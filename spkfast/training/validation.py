@@ -111,17 +111,19 @@ class Validation:
         # Alike ones together, so that little of a batch is padding.
         self._order = np.argsort([size.seconds for size in self._sizes], kind="stable")
 
-    def check_disjoint(self, training: Corpus) -> None:
-        """Warns where speakers of a list are trained on, as those of VoxCeleb1-E and -H may be by design."""
-        trained = set(training.speakers)
+    def check_disjoint(self, speakers: Iterable[str], told: str = "are trained on") -> None:
+        """Warns where speakers of a list are trained on, as those of VoxCeleb1-E and -H may be by design.
+
+        Args:
+            speakers: Those of the training data, or of what the network was trained on before.
+            told: What happens or happened to them.
+        """
+        known = set(speakers)
         for name, one in self._lists.items():
-            if name == HELD_OUT:
-                continue
-            speakers = {speaker_of(key) for key in one.keys}
-            both = sorted(speakers & trained)
+            both = sorted(one.speakers & known)
             if both:
                 self._warn(
-                    f"{name}: {len(both)} of the {len(speakers)} speakers of its trials are trained on, the first is "
+                    f"{name}: {len(both)} of the {len(one.speakers)} speakers of its trials {told}, the first is "
                     f"{both[0]!r}; error rates of known speakers are lower than those of others"
                 )
 
@@ -185,7 +187,7 @@ class Validation:
         except InputError as error:
             raise InputError(f"{source}: names an utterance that cannot be used: {error}") from error
         rows = np.array([self._place[_identity(entries[key])] for key in keys])
-        self._lists[name] = _List(trials, keys, rows)
+        self._lists[name] = _List(trials, keys, rows, {entries[key].speaker for key in keys})
         digest = hashlib.sha256(name.encode())
         for trial in trials:
             digest.update(f"{trial.target}\0{trial.enrol}\0{trial.test}\n".encode(errors="surrogateescape"))
@@ -240,11 +242,12 @@ class _Size(NamedTuple):
 
 
 class _List(NamedTuple):
-    """A trial list: its trials, their paths, and where the utterance of each path stands among all."""
+    """A trial list: its trials, their paths, where the utterance of each path stands among all, and the speakers."""
 
     trials: list[Trial]
     keys: list[str]
     rows: np.ndarray
+    speakers: set[str]
 
 
 def _trials_among(held: Corpus, seed: int) -> tuple[list[Trial], dict[str, Entry]]:

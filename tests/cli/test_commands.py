@@ -9,6 +9,7 @@ import soundfile
 
 import spkfast as package
 from spkfast.cli import embed as embed_command
+from spkfast.training.validation import HELD_OUT
 
 
 def keys_of(path):
@@ -70,10 +71,28 @@ def test_verify(spkfast, model, data):
         "threshold_list": None,
     }
     assert "the model has no threshold" in spkfast("verify", a, b, "--model", model, "--backend", "reference").out
-    encoder.threshold = package.inference.Threshold(0.9999, "dev.txt")
-    encoder.save(data.parent / "with_threshold")
-    out = spkfast("verify", a, b, "--model", data.parent / "with_threshold").out
-    assert "different speakers (threshold 0.9999, set on dev.txt)" in out
+    folder = data.parent / "with_threshold"
+    for value, origin, words in (
+        (0.99994321, "dev.txt", "different speakers (threshold 0.9999, set on dev.txt)"),
+        (-0.98765432, HELD_OUT, "same speaker (threshold -0.9877, set on speakers held out of its training)"),
+    ):
+        encoder.threshold = package.inference.Threshold(value, origin)
+        encoder.save(folder)
+        assert words in spkfast("verify", a, b, "--model", folder).out
+        result = json.loads(spkfast("verify", a, b, "--model", folder, "--json").out)
+        assert (result["threshold"], result["threshold_list"]) == (value, origin)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.25])
+def test_audio_without_sound_is_told(spkfast, model, data, level):
+    path, sound = data / "silent.wav", data / "s0/r0/u.wav"
+    soundfile.write(path, np.full(16000, level), 16000)
+    line = f"warning: {path}: holds no sound, all samples are equal: no speaker\n"
+    status, out, err = spkfast("verify", path, sound, "--model", model)
+    assert status == 0 and err == line and "cosine" in out
+    status, _, err = spkfast("embed", data, "--model", model, "--out", data / "x.npz")
+    assert status == 0 and err == line and len(keys_of(data / "x.npz")[0]) == 10
+    assert spkfast("verify", sound, sound, "--model", model).err == ""
 
 
 @pytest.mark.parametrize("kind", BAD_AUDIO)

@@ -10,6 +10,7 @@ import pytest
 from spkfast.cli import common, train
 from spkfast.cli.common import BadFiles, meter, print_result, progress
 from spkfast.errors import InputError
+from spkfast.training.config import flatten
 from spkfast.training.log import VALIDATION, RunLog
 from spkfast.training.loop import Progress
 from spkfast.training.meter import duration
@@ -229,7 +230,13 @@ def test_what_differs_in_fine_tuning_is_nested_and_typed(tmp_path, text, options
         ("fine_tuning: {fine_tuning: {steps: 1}}", [], "unknown key 'fine_tuning.fine_tuning'"),
         ("fine_tuning: {loss: 3}", [], "fine_tuning.loss must hold keys and values, got 3"),
         ("fine_tuning: {loss: {margin: wide}}", [], "margin"),
-        ("fine_tuning: 3", [], "fine_tuning"),
+        ("fine_tuning: 3", [], "fine_tuning must be keys and values or null, got 3"),
+        ("steps: 3", ["--model.options", "null"], "model.options must be keys and values, got None"),
+        ("steps: 3", ["--json=yes"], "--json takes no value, got 'yes'"),
+        ("steps: 3", ["--data.strict", "maybe"], "data.strict must be true or false, got 'maybe'"),
+        ("steps: [6]", [], "steps must be a number of steps or 'N epochs', got [6]"),
+        ("batch_size: 6.5", [], "batch_size must be a whole number, got 6.5"),
+        ("data: {noise: 3}", [], "data.noise must be text or null, got 3"),
         ("loss: 3", [], "run.yaml: loss must hold keys and values, got 3"),
         ("data: {augment: null}", [], "data.augment must hold keys and values, got None"),
         ("steps: 3", ["--fine_tuning.loss.margn", "1"], "unknown option --fine_tuning.loss.margn (did you mean"),
@@ -244,6 +251,82 @@ def test_bad_keys_and_values_of_a_run_are_named(tmp_path, text, options, words):
     with pytest.raises(InputError, match=re.escape(words)) as caught:
         parsed(tmp_path, text, *options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "found"),
+    [
+        (["--data.augment.options", "{power_floor: 0}"], "data.augment.options", {"speeds": [1.0], "power_floor": 0}),
+        (["--data.augment", "{options: {power_floor: 1e-4}}"], "data.augment.options",
+         {"speeds": [1.0], "power_floor": 1e-4}),
+        (["--model.options", "{channels: 64}"], "model.options", {"channels": 64, "scale": 4}),
+        (["--model.options.channels", "64"], "model.options", {"channels": 64, "scale": 4}),
+        (["--model.options", "null", "--model.options", "{channels: 64}"], "model.options", {"channels": 64}),
+        (["--optimizer", "{lr: .01}"], "optimizer.momentum", 0.8),
+        (["--optimizer", "{lr: .01}"], "optimizer.lr", 0.01),
+        (["--optimizer", "OTHER"], "optimizer.weight_decay", 0.5),
+        (["--config", "OTHER"], "steps", 8),
+        (["--fine_tuning", "{loss: {scale: 16}}"], "fine_tuning", {"loss": {"margin": 0.5, "scale": 16.0}}),
+        (["--fine_tuning", "null"], "fine_tuning", None),
+    ],
+)  # fmt: skip
+def test_mappings_on_the_command_line_are_merged_into_those_of_the_file(tmp_path, options, name, found):
+    text = (
+        "model: {options: {channels: 16, scale: 4}}\ndata: {augment: {options: {speeds: [1.0]}}}\n"
+        "optimizer: {momentum: 0.8}\nfine_tuning: {loss: {margin: 0.5}}\n"
+    )
+    other = tmp_path / "other.yaml"
+    other.write_text("steps: 8\n" if name == "steps" else "weight_decay: 0.5\n")
+    options = [str(other) if option == "OTHER" else option for option in options]
+    assert flatten(parsed(tmp_path, text, *options))[name] == found
+
+
+def test_the_config_may_stand_anywhere_and_options_go_before_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 3\nout: a\n")
+    for argv in (["--steps", "5", str(file)], ["--resume", str(file), "--steps=5", "--strict", "--json"]):
+        config, as_json = train.parse(argv)
+        assert (config.steps, config.out) == (5, "a")
+        assert (config.resume, config.data.strict, as_json) == (("--resume" in argv,) * 3)
+
+
+def test_all_settings_are_printed_as_a_config(tmp_path, capsys):
+    argv = ["steps: 5 epochs", "--optimizer.betas", "[0.5, 0.6]", "--data.train_list", "list.txt"]
+    with pytest.raises(SystemExit):
+        parsed(tmp_path, *argv, "--print_config")
+    assert parsed(tmp_path, capsys.readouterr().out) == parsed(tmp_path, *argv)
+
+
+@pytest.mark.parametrize("text", ["a #b.txt", "*.txt", "@team", "2024", "1e-3", "a: b: c", "true"])
+def test_text_is_taken_as_it_is(tmp_path, text):
+    config = parsed(tmp_path, "steps: 3", "--out", text, "--wandb", text, "--validation.trials", text)
+    assert (config.out, config.wandb, config.validation.trials) == (text, text, [text])
+
+
+@pytest.mark.parametrize(
+    ("key", "likely"),
+    [
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("learning_rate", "optimizer.lr"),
+        ("bs", "batch_size"),
+        ("batchsize", "batch_size"),
+        ("max_epochs", "steps"),
+        ("num_workers", "data.workers"),
+        ("optimiser.lr", "optimizer.lr"),
+        ("validation.rot", "validation.root"),
+        ("margin", "loss.margin"),
+        ("fine_tuning.optimizer.learning_rate", "fine_tuning.optimizer.lr"),
+        ("optimizer.nesterov", None),
+        ("gpus", None),
+    ],
+)
+def test_the_key_that_was_meant_is_suggested(tmp_path, key, likely):
+    words = f" (did you mean {likely!r}?)" if likely else ""
+    with pytest.raises(InputError, match=re.escape(f"run.yaml: unknown key {key!r}{words}") + "$"):
+        parsed(tmp_path, f"{key}: 1")
+    words = f" (did you mean '--{likely}'?)" if likely else ""
+    with pytest.raises(InputError, match=re.escape(f"unknown option --{key}{words}") + "$"):
+        parsed(tmp_path, "steps: 3", f"--{key}", "1")
 
 
 def test_keywords_of_something_else_may_be_options(tmp_path):

@@ -83,7 +83,8 @@ def test_every_command_takes_the_name(tmp_path, capsys):
         assert found["threshold"] == encoder.threshold.value and found["threshold_list"] == "held_out"
         assert found["same_speaker"] is (found["score"] > encoder.threshold.value)
     assert main(["verify", a, a, "--model", NAME]) == 0
-    assert f"same speaker (threshold {encoder.threshold.value}, set on held_out)" in capsys.readouterr().out
+    said = f"same speaker (threshold {encoder.threshold.value:.4f}, set on speakers held out of its training)"
+    assert said in capsys.readouterr().out
     assert main(["evaluate", "--model", NAME, "--data", str(tmp_path), "--json"]) == 0
     assert main(["embed", a, "--model", NAME, "--out", "x.npz"]) == 0
     assert main(["calibrate", NAME, str(tmp_path), "--out", "calibrated"]) == 0

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import accelerate.utils
 import pytest
 
+from spkfast.errors import InputError
 from spkfast.training import checkpoint
 
 
@@ -105,3 +106,17 @@ def test_all_processes_are_told_alike(tmp_path, monkeypatch, refused: str) -> No
         thread.join()
     assert told[0] == told[1] and bool(told[0]) == bool(refused)
     assert names(tmp_path) == ([] if refused else ["step_00000003"])
+
+
+def test_what_differs_is_told_with_the_keys_that_settle_it(tmp_path) -> None:
+    found = {"steps": 9, "out": "a", "contents of the data": "1", "contents of the trials": "2", "teachers": []}
+    given = {"steps": 9, "out": "b", "contents of the data": "3", "contents of the trials": "4", "teachers": ["5"]}
+    checkpoint.check_settings(tmp_path, found, {**found, "out": "b"}, frozenset({"out"}))
+    with pytest.raises(InputError) as raised:
+        checkpoint.check_settings(tmp_path, found, given, frozenset({"out"}))
+    data, trials = "data.train_list, data.speakers, data.noise, data.rir", "validation.trials, validation.held_out"
+    assert str(raised.value) == (
+        f"{tmp_path}: was trained with contents of the data ({data})='1', the config has '3'; with contents of the "
+        f"trials ({trials})='2', the config has '4'; with teachers (distillation.teachers)=[], the config has ['5']; "
+        "resume with the same settings or choose another folder"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
@@ -13,16 +14,26 @@ import pytest
 
 from spkfast.cli.train import parse
 from spkfast.errors import InputError
-from spkfast.training.config import TrainConfig, ValidationConfig, check, fine_tuned, flatten
+from spkfast.training.config import (
+    ModelConfig,
+    TrainConfig,
+    ValidationConfig,
+    changed,
+    check,
+    fine_tuned,
+    fits,
+    flatten,
+    kinds,
+)
 
 
 def a_run(**changes) -> TrainConfig:
-    """A run that is valid but for the changes; two underlines stand for the dot of a section."""
+    """A run that is valid but for the changes; two underlines stand for a dot."""
     made = TrainConfig()
     made.data.train_list = "list.txt"
     for name, value in changes.items():
-        section, _, field = name.rpartition("__")
-        setattr(getattr(made, section) if section else made, field, value)
+        *sections, field = name.split("__")
+        setattr(functools.reduce(getattr, sections, made), field, value)
     return made
 
 
@@ -90,6 +101,15 @@ def test_each_of_several_numbers_is_checked(betas) -> None:
         ),
         ({"out": ""}, "out must name a folder"),
         ({"data__train_list": ""}, "data.train_list is not set: give --data.train_list FILE"),
+        ({"batch_size": 6.5}, "batch_size must be a whole number, got 6.5"),
+        ({"steps": [6]}, "steps must be a number of steps or 'N epochs', got [6]"),
+        ({"schedule__warmup": True}, "schedule.warmup must be a number of steps, 'N epochs' or 'N %' of the run, got"),
+        ({"sync_batch_norm": 1}, "sync_batch_norm must be true or false, got 1"),
+        ({"optimizer__betas": [0.9]}, "optimizer.betas must be two numbers, got [0.9]"),
+        ({"validation__trials": ["a", 3]}, "validation.trials must be a list of texts or text, got ['a', 3]"),
+        ({"data__noise": math}, "data.noise must be text or null, got an object of module"),
+        ({"model": "ecapa_tdnn"}, "model must be a ModelConfig, got 'ecapa_tdnn'"),
+        ({"model": ModelConfig(name=re.compile("a network"))}, "model.name must be text, got an object of Pattern"),
     ],
 )
 def test_names_and_what_does_not_go_together_are_refused(changes, message) -> None:
@@ -167,3 +187,41 @@ def test_what_is_no_number_is_refused(name, value) -> None:
 def test_a_negative_span_of_validation_is_refused() -> None:
     with pytest.raises(InputError, match=r"^validation\.every must be .* above 0, got -3$"):
         check(a_run(validation__every=-3))
+
+
+def test_what_is_no_config_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^config must be a TrainConfig, got \{'steps': 3\}$"):
+        check({"steps": 3})
+
+
+@pytest.mark.parametrize("name", kinds())
+def test_null_is_taken_where_it_means_none_and_else_refused_by_name(tmp_path, name: str) -> None:
+    section, _, key = name.rpartition(".")
+    file = tmp_path / "run.yaml"
+    run = a_run(**{name.replace(".", "__"): None})
+    for prefix in ("", "fine_tuning.") if name != "fine_tuning" else ("",):
+        file.write_text(f"{prefix}{section}:\n  {key}:\n" if section else f"{prefix}{key}:\n")
+        if fits(kinds()[name], None):
+            check(run)
+            assert flatten(changed(TrainConfig(), parse([str(file)])[0].fine_tuning or {}))[name] is None
+            continue
+        with pytest.raises(InputError, match=rf"^(unknown )?{re.escape(prefix + name)} .*None") as error:
+            parse([str(file)])
+        assert "\n" not in str(error.value)
+    if not fits(kinds()[name], None):
+        with pytest.raises(InputError, match=rf"^(unknown )?{re.escape(name)} "):
+            check(run)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in kinds().items() if fits(kind, "")])
+def test_no_text_is_refused_by_name(tmp_path, name: str) -> None:
+    section, _, key = name.rpartition(".")
+    message = f"^{re.escape(name)} must not be empty{', give null for none' if fits(kinds()[name], None) else ''}$"
+    file = tmp_path / "run.yaml"
+    for value in ("''", "' '", *(["['']"] if fits(kinds()[name], [""]) else [])):
+        file.write_text(f"{section}: {{{key}: {value}}}\n" if section else f"{key}: {value}\n")
+        for argv in ([str(file)], [f"--{name}", value.strip("'")]):
+            with pytest.raises(InputError, match=message):
+                parse(argv)
+    with pytest.raises(InputError, match=f"^{re.escape(name)} "):
+        check(a_run(**{name.replace(".", "__"): ""}))

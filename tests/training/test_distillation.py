@@ -105,7 +105,8 @@ def test_student_gives_the_scores_of_its_teachers(corpus, tmp_path):
 
     want = torch.stack(list(map(scores, teachers))).mean(0)
     runs = {
-        name: config(corpus, tmp_path / name, sources, 3000) for name, sources in (("taught", teachers), ("alone", []))
+        name: config(corpus, tmp_path / name, *those)
+        for name, those in (("taught", (teachers, 3000.0)), ("alone", ([], 0.0)))
     }
     errors = {name: float((scores(trained(made)) - want).square().mean()) for name, made in runs.items()}
     assert errors["taught"] < 0.3 * errors["alone"]
@@ -125,7 +126,7 @@ def test_resumed_run_is_bit_identical_and_holds_no_teacher(corpus, tmp_path):
     assert ours.keys() == theirs.keys() == network().state_dict().keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     parts.distillation.teachers = [str(saved(tmp_path / "other", 2))]
-    with pytest.raises(InputError, match="was trained with teachers="):
+    with pytest.raises(InputError, match=r"was trained with teachers \(distillation\.teachers\)="):
         Trainer(parts)
 
 
@@ -135,8 +136,21 @@ def test_what_cannot_teach_is_refused(corpus, tmp_path):
     SpeakerEncoder(network(), frontend("taoruijie")).save(tmp_path / "other")
     with pytest.raises(InputError, match=r"distillation\.teachers: .*front-end"):
         Trainer(config(corpus, tmp_path / "run", [tmp_path / "other"]))
-    with pytest.raises(InputError, match=r"distillation\.weight must be above 0"):
-        Trainer(config(corpus, tmp_path / "run", [], 0))
+    for teachers, weight in (([tmp_path / "other"], 0), ([], 1.0)):
+        with pytest.raises(InputError, match=r"distillation\.weight must be above 0 with .*teachers, and 0 without"):
+            Trainer(config(corpus, tmp_path / "run", teachers, weight))
+
+
+def test_speakers_held_out_that_a_teacher_knows_are_told(corpus, tmp_path):
+    teacher = trained(config(corpus, tmp_path / "teacher", [], 0.0))
+    made = config(corpus, tmp_path / "run", [teacher])
+    made.validation.held_out = 2
+    warnings: list[str] = []
+    Trainer(made, warn=warnings.append)
+    assert sum(f"held_out: 2 of the 2 speakers of its trials were trained on in {teacher}" in w for w in warnings) == 1
+    made.distillation.teachers = [str(saved(tmp_path / "other", 1))]  # whose speakers are not known
+    Trainer(made, warn=warnings.append)
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize(("given", "teachers"), [("a", ["a"]), ("[a, b]", ["a", "b"])])

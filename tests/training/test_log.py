@@ -15,7 +15,7 @@ import pytest
 from accelerate import Accelerator
 
 from spkfast.training.config import TrainConfig
-from spkfast.training.log import LOG, VALIDATION, RunLog, finite, read_log, trackers
+from spkfast.training.log import LOG, VALIDATION, RunLog, drop_events, finite, mean_rate, read_log, trackers
 
 
 def steps(folder, name=LOG):
@@ -155,3 +155,18 @@ def test_a_kill_leaves_whole_entries(tmp_path):
     assert len(found) > 10 and found == list(range(len(found)))
     RunLog(tmp_path / LOG, 10).write(11, {})
     assert steps(tmp_path) == list(range(12))
+
+
+def test_a_mean_rate_is_over_the_time_that_is_told():
+    log = [{"rate": 10.0, "seconds": 3.0}, {"rate": 40.0, "seconds": 1.0}, {"seconds": 5.0}, {"rate": 7.0}]
+    assert mean_rate(log, "rate") == (30 + 40) / 4
+    assert mean_rate(log[2:], "rate") is None and mean_rate([], "rate") is None
+
+
+def test_events_of_tensorboard_alone_are_dropped(tmp_path):
+    drop_events(tmp_path)
+    (tmp_path / "tensorboard").mkdir()
+    for name in ("events.out.tfevents.1.host", "events.out.tfevents.2.host", "mine.txt"):
+        (tmp_path / "tensorboard" / name).touch()
+    drop_events(tmp_path)
+    assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == ["mine.txt"]

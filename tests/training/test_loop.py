@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from spkfast import SpeakerEncoder
-from spkfast.cli.train import main
+from spkfast.cli.train import _stopping, main, parse
 from spkfast.errors import InputError
 from spkfast.training.best import taken_validation
 from spkfast.training.config import TrainConfig, fine_tuned
-from spkfast.training.log import VALIDATION, read_log
+from spkfast.training.lock import locked
+from spkfast.training.log import VALIDATION, mean_rate, read_log
 from spkfast.training.loop import Trainer
 from tests.training.corpus import TINY, make_tones
 
@@ -269,6 +270,121 @@ def test_a_finished_run_is_not_written_over(corpus, tmp_path):
     assert read_log(out)
 
 
+def cut_off(made: TrainConfig, step: int) -> None:
+    for progress in Trainer(made).run():
+        if progress.step == step:
+            break
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_was_cut_off_before_its_first_checkpoint_is_not_written_over(corpus, tmp_path):
+    out = tmp_path / "run"
+    made = config(corpus, out, validation__held_out=2, validation__every=4)
+    cut_off(made, 2)
+    cut_off(made, 7)  # nothing was lost by that
+    before = contents(out)
+    with pytest.raises(
+        InputError,
+        match=r"run: holds log.jsonl, validation.jsonl, best/ of an earlier run; resume it with --resume or choose",
+    ):
+        Trainer(made)
+    with pytest.raises(
+        InputError,
+        match=r"run/config.json: was trained with optimizer.lr=0.05, the config has 0.1; resume with the same",
+    ):
+        Trainer(config(corpus, out, validation__held_out=2, validation__every=4, optimizer__lr=0.1, resume=True))
+    assert contents(out) == before
+    trained(dataclasses.replace(made, resume=True))
+    trained(dataclasses.replace(made, out=str(tmp_path / "whole")))
+    assert all(map(torch.equal, model(out).values(), model(tmp_path / "whole").values()))
+    assert losses(out) == losses(tmp_path / "whole")
+    assert len(list((out / "tensorboard").iterdir())) == 1
+
+
+def test_settings_that_cannot_be_read_are_not_taken_for_the_same(corpus, tmp_path):
+    cut_off(config(corpus, tmp_path / "run"), 4)
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config.json: cannot be read .*; choose another --out"):
+        Trainer(config(corpus, tmp_path / "run", resume=True))
+
+
+def test_a_second_run_in_the_folder_is_refused_before_it_writes(corpus, tmp_path):
+    out = tmp_path / "run"
+    made = config(corpus, out, data__workers=1)
+    first, second, other = Trainer(made), Trainer(made), Trainer(config(corpus, tmp_path / "other"))
+    running = first.run()
+    next(running)
+    next(other.run())
+    before = contents(out)
+    with pytest.raises(InputError, match=r"run: another run is writing there"):
+        next(second.run())
+    assert contents(out) == before
+    running.close()
+    assert next(second.run()).step == 1
+
+
+def test_held_out_speakers_that_the_network_to_start_from_knows_are_told(corpus, tmp_path):
+    def told(**changes) -> list[str]:
+        lines: list[str] = []
+        Trainer(config(corpus, tmp_path / "new", validation__held_out=2, **changes), warn=lines.append)
+        return [line for line in lines if line.startswith("held_out")]
+
+    trained(config(corpus, tmp_path / "all", steps=3))
+    (line,) = told(init_from=str(tmp_path / "all"))
+    assert "held_out: 2 of the 2 speakers of its trials were trained on in" in line and "the first is 'spk" in line
+    made = config(corpus, tmp_path / "run", steps=3, validation__held_out=2)
+    made.fine_tuning = {"validation": {"held_out": 3}}
+    trained(made)
+    assert told(init_from=str(tmp_path / "run")) == []
+    lines: list[str] = []
+    Trainer(fine_tuned(made), warn=lines.append)
+    assert len([line for line in lines if line.startswith("held_out: 1 of the 3 speakers")]) == 1
+
+
+def test_its_settings_are_a_config_file(corpus, tmp_path, capsys):
+    """Of all kinds: a tuple, lists, None, spans, a path of other letters, a second run."""
+    made = config(corpus, tmp_path / "r\u00fcn 1", steps="2 epochs", optimizer__betas=(0.5, 0.9))
+    made.schedule.final_lr = 1e-7
+    made.data.augment.options = {"speeds": [1.0, 0.9]}
+    made.fine_tuning = {"steps": 2, "schedule": {"warmup": 0}, "data": {"augment": {"options": {"speeds": [1.0]}}}}
+    cut_off(made, 2)
+    file = Path(made.out) / "config.yaml"
+    assert parse([str(file)]) == (made, False)
+    with pytest.raises(InputError, match="not a model folder"):  # but of one, it would be in a file of this name
+        SpeakerEncoder.load(made.out)
+    main([str(file), "--resume", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == str(Path(made.out) / "fine_tuning" / "model")
+    assert parse([str(Path(made.out) / "fine_tuning" / "config.yaml")])[0] == fine_tuned(made)
+    assert not parse([str(file)])[0].resume
+    SpeakerEncoder.load(made.out)
+
+
+def test_the_rate_that_is_told_is_that_of_the_whole_run(corpus, tmp_path, capsys):
+    made = config(corpus, tmp_path / "run", steps=7)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(dataclasses.asdict(made) | {"optimizer": {"lr": 0.05}}))
+    main([str(tmp_path / "run.yaml"), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    log = read_log(tmp_path / "run")
+    assert told["crops_per_second"] == pytest.approx(7 * 8 / sum(entry["seconds"] for entry in log))
+    assert told["crops_per_second"] == mean_rate(log, "crops_per_second") != log[-1]["crops_per_second"]
+    assert told["loss"] == log[-1]["loss"]
+
+
+@pytest.mark.parametrize("inner", ["", "state.pt"])
+def test_a_checkpoint_is_no_model_and_tells_where_it_is(corpus, tmp_path, inner):
+    trained(config(corpus, tmp_path / "run", steps=3))
+    source = tmp_path / "run" / "checkpoints" / "step_00000003" / inner
+    for take in (SpeakerEncoder.load, lambda path: Trainer(config(corpus, tmp_path / "new", init_from=str(path)))):
+        with pytest.raises(
+            InputError, match=rf"for --resume only; .* in {tmp_path}/run/model once .* {tmp_path}/run/best"
+        ):
+            take(source)
+
+
 @pytest.mark.parametrize("source", ["model", "model/model", "model/model/model.safetensors"])
 def test_new_speakers_get_new_classes(corpus, tmp_path, source):
     trained(config(corpus, tmp_path / "model", steps=3))
@@ -427,6 +543,143 @@ def test_killed_at_a_random_step_and_resumed_is_bit_identical(corpus, tmp_path, 
     without = [{k: v for k, v in entry.items() if k != "seconds"} for entry in read_log(out, VALIDATION)]
     assert without == [{k: v for k, v in entry.items() if k != "seconds"} for entry in read_log(whole, VALIDATION)]
     assert SpeakerEncoder.load(out).threshold == SpeakerEncoder.load(whole).threshold
+
+
+def started(command: list[str]) -> subprocess.Popen:
+    """In a group of its own, with the processes that it begins."""
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(run: subprocess.Popen, out: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while not any(entry["step"] >= step for entry in read_log(out)):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def unlike(out: Path, whole: Path) -> list[str]:
+    """What differs between two runs that should have come to the same."""
+    names = [name for name, value in model(whole).items() if not torch.equal(value, model(out)[name])]
+    if (out / "head.safetensors").read_bytes() != (whole / "head.safetensors").read_bytes():
+        names.append("head")
+    logs = [
+        [{k: v for k, v in entry.items() if k != "seconds"} for entry in read_log(folder, VALIDATION)]
+        for folder in (out, whole)
+    ]
+    return names + ([VALIDATION] if logs[0] != logs[1] else [])
+
+
+def test_a_signal_to_end_leaves_a_checkpoint_and_the_resumed_run_is_bit_identical(corpus, tmp_path):
+    """To the whole group, as from a terminal or Slurm, between two entries of the log; before a second run."""
+    out, whole = tmp_path / "stopped", tmp_path / "whole"
+    more = ("--checkpoint_minutes", "60", "--log_steps", "4", "--fine_tuning.steps", "6")
+    subprocess.run(command(corpus, whole, *more), check=True, capture_output=True)
+    reached = 0
+    for number, at in ((signal.SIGTERM, 4), (signal.SIGINT, 16)):
+        run = started(command(corpus, out, *more, "--resume"))
+        wait_for(run, out, at)
+        os.killpg(run.pid, number)
+        errors = run.communicate()[1]
+        assert run.returncode == 128 + number, errors
+        assert "stopping after a checkpoint" in errors and f"{out}: stopped; go on with --resume" in errors
+        assert "Traceback" not in errors
+        newest = int(sorted((out / "checkpoints").iterdir())[-1].name[5:])
+        assert reached < newest < 30 and newest == read_log(out)[-1]["step"]
+        reached = newest
+        assert not (out / "model").exists() and not (out / "fine_tuning").exists()
+    subprocess.run(command(corpus, out, *more, "--resume"), check=True, capture_output=True)
+    assert unlike(out, whole) == [] and unlike(out / "fine_tuning", whole / "fine_tuning") == []
+
+
+def test_a_run_asked_to_stop_ends_with_a_checkpoint(corpus, tmp_path):
+    out = tmp_path / "run"
+    made = config(corpus, out, steps=8, log_steps=5, averaging__name="ema")
+    trainer = Trainer(made)
+    steps = []
+    for progress in trainer.run():
+        steps.append(progress.step)
+        if progress.step == 1:
+            trainer.stop()
+    assert trainer.stopped and steps == [1, 2, 3]  # the third one was begun when the first was told
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000003"]
+    assert not (out / "model").exists()
+    assert not trained(dataclasses.replace(made, resume=True)).stopped
+    trained(dataclasses.replace(made, out=str(tmp_path / "whole")))
+    assert unlike(out, tmp_path / "whole") == []
+    assert [entry["step"] for entry in read_log(out)] == [3, 5, 8]
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(corpus, tmp_path, monkeypatch):
+    trainer = Trainer(config(corpus, tmp_path / "run"))
+    monkeypatch.setattr("spkfast.training.checkpoint.save", lambda *arguments: "No space left on device")
+    with pytest.raises(InputError, match=r"the last checkpoint could not be written .*No space left.*--resume"):
+        for _ in trainer.run():
+            trainer.stop()
+
+
+class Asked:
+    is_main_process, folder, stopped = True, Path("x"), False
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def stop(self) -> None:
+        self.times += 1
+
+
+def test_a_second_interrupt_does_not_wait_and_handlers_are_put_back(capfd):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    trainer = Asked()
+    with pytest.raises(KeyboardInterrupt), _stopping(trainer):
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+    assert trainer.times == 2 and capfd.readouterr().err.count("stopping after a checkpoint") == 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_the_exit_status_is_that_of_the_signal_in_every_process():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(SystemExit) as ended, _stopping(Asked()):
+            signal.raise_signal(number)
+        assert ended.value.code == 128 + number
+    told = Asked()
+    with pytest.raises(SystemExit) as ended, _stopping(told):
+        told.stopped = True  # another process was given the signal
+    assert ended.value.code == 143
+    with _stopping(Asked()):
+        pass
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a job in the background
+    try:
+        with _stopping(Asked()):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not (distributed.is_available() and distributed.is_gloo_available()), reason="torch has no Gloo")
+def test_two_processes_stop_together_and_are_refused_together(corpus, tmp_path):
+    out, whole = tmp_path / "stopped", tmp_path / "whole"
+    more = ("--checkpoint_minutes", "60", "--log_steps", "2", "--batch_size", "4", "--steps", "100")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def launch(where: Path) -> list[str]:
+        return [*launcher, *command(corpus, where, *more, "--resume")[1:]]
+
+    subprocess.run(launch(whole), check=True, capture_output=True)
+    with locked(out):
+        refused = subprocess.run(launch(out), capture_output=True, text=True, check=False)
+    assert refused.returncode and refused.stderr.count("another run is writing there") == 2
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    run = started(launch(out))
+    wait_for(run, out, 4)
+    run.send_signal(signal.SIGTERM)  # the launcher passes it on to both groups
+    errors = run.communicate()[1]
+    assert run.returncode and "stopped; go on with --resume" in errors
+    newest = int(sorted((out / "checkpoints").iterdir())[-1].name[5:])
+    assert 4 <= newest < 100
+    subprocess.run(launch(out), check=True, capture_output=True)
+    assert unlike(out, whole) == []
 
 
 @pytest.mark.full

@@ -56,9 +56,9 @@ def test_length_of_a_run() -> None:
         ("50 %", "steps must be a number of steps or 'N epochs', got '50 %', a share of itself"),
         (0, "steps must be at least 1, got 0"),
         ("0.01 epochs", r"steps must be at least 1, got '0.01 epochs' \(0 steps\)"),
-        (-3, "steps must be a number of steps"),
+        (-3, "steps must be a number of steps or 'N epochs', and at least 0, got -3"),
         (True, "steps must be a number of steps"),
-        ("long", "steps must be a number of steps"),
+        ("long", "steps must be a number of steps or 'N epochs', and at least 0, got 'long'"),
     ],
 )
 def test_length_of_a_run_refuses(steps: Any, message: str) -> None:

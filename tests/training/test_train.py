@@ -157,7 +157,7 @@ def test_bad_files_are_named_and_counted_and_strict_ends_the_run(tmp_path, capsy
     [
         (["--batch_sise", "4"], "unknown option --batch_sise (did you mean '--batch_size'?)"),
         (["--data.crop_secods=4"], "did you mean '--data.crop_seconds'?"),
-        (["--batch_size", "many"], "batch_size"),
+        (["--batch_size", "many"], "batch_size must be a whole number, got 'many'"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--batch_size", "1"], "batch_size must be at least 2"),
         (["--data.workers", "-1"], "data.workers must be at least 0"),
@@ -166,7 +166,14 @@ def test_bad_files_are_named_and_counted_and_strict_ends_the_run(tmp_path, capsy
         (["--loss.margin_start", "90 %"], "loss.margin_start"),
         (["--data.augment.recipe", "espnt"], "unknown recipe of augmentation 'espnt' (did you mean 'espnet'?)"),
         (["--data.augment.options", "{speed: [1.0]}"], "unknown option 'speed'"),
-        (["--data.augment.recipe", "none"], "data.noise is given, but data.augment.recipe=none uses none"),
+        (
+            ["--data.augment.recipe", "none"],
+            "data.noise is given, but data.augment.recipe=none uses none; leave it out by --data.noise null "
+            "--data.rir null",
+        ),
+        (["--data.noise", ""], "data.noise must not be empty, give null for none"),
+        (["--steps", "6.5"], "steps must be a number of steps or 'N epochs', and at least 0, got 6.5"),
+        (["--steps", "abc"], "steps must be a number of steps or 'N epochs', and at least 0, got 'abc'"),
         (["--data.augment.spec_augment", "{max_frame: 3}"], "unknown option 'max_frame'"),
         (["--data.augment.spec_augment", "{max_frames: -3}"], "data.augment.spec_augment: max_frames must be a count"),
         (["--data.sampler", "balanc"], "unknown sampler 'balanc' (did you mean 'balanced'?)"),
@@ -197,7 +204,7 @@ def test_bad_settings_are_one_line(corpus, tmp_path, capsys, more, words):
     ("text", "words"),
     [
         ("stepz: 4\n", "unknown key 'stepz' (did you mean 'steps'?)"),
-        ("optimizer: {learning_rate: 4}\n", "unknown key 'optimizer.learning_rate'"),
+        ("optimizer: {learning_rate: 4}\n", "unknown key 'optimizer.learning_rate' (did you mean 'optimizer.lr'?)"),
         ("- 1\n", "must hold keys and values"),
         ("steps: [\n", "not a YAML file"),
     ],
@@ -209,6 +216,32 @@ def test_bad_config_file(corpus, tmp_path, capsys, text, words):
     assert words in line and "c.yaml" in line
     assert main(["train", str(tmp_path / "missing.yaml")]) == 2
     assert "missing.yaml: no such config file" in one_line(capsys)
+
+
+def test_help_lists_every_option_of_the_usage_line(capsys):
+    assert main(["train", "--help"]) == 0
+    usage, options = capsys.readouterr().out.split("options:\n")
+    for option in ("--resume", "--strict", "--json"):
+        assert f"[{option}]" in usage and f"\n  {option} " in options
+    assert "docs/schedules.md has" in " ".join(options.split())
+
+
+def test_a_path_that_is_right_from_the_folder_of_the_config_is_told(corpus, tmp_path, capsys, monkeypatch):
+    (tmp_path / "c.yaml").write_text("data: {train_list: train_list.txt}\n")
+    monkeypatch.chdir(corpus.parent)
+    (tmp_path / "train_list.txt").write_text("spk0 a.wav\n")
+    assert main(["train", str(tmp_path / "c.yaml")]) == 2
+    assert one_line(capsys).endswith(
+        "data.train_list: train_list.txt: no such file or folder: relative paths start from the working folder, not "
+        f"from that of {tmp_path}/c.yaml; there it is {tmp_path}/train_list.txt"
+    )
+
+
+def test_paths_of_a_list_that_start_elsewhere_are_told_with_the_option_for_it(corpus, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text((corpus / "train_list.txt").read_text())
+    assert main(["train", *arguments(corpus, tmp_path / "run", "--data.train_list", str(tmp_path / "list.txt"))]) == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert f"no such file; relative paths start from {tmp_path}/, another folder is given as root (--data.root" in first
 
 
 def test_list_errors_name_file_and_line(corpus, tmp_path, capsys):

@@ -166,7 +166,7 @@ def test_speakers_that_are_trained_on_are_told(tones):
     training, held = hold_out(read_corpus(tones / "train_list.txt"), 2, seed=0)
     lists = make(tones / "all.txt", tones / "some.txt", held=held, warn=told.append)
     assert not told
-    lists.check_disjoint(training)
+    lists.check_disjoint(training.speakers)
     assert [line.split(";")[0] for line in told] == [
         f"{name}: {len(both)} of the {total} speakers of its trials are trained on, the first is {both[0]!r}"
         for name, total in (("all", 5), ("some", 3))
@@ -174,8 +174,10 @@ def test_speakers_that_are_trained_on_are_told(tones):
         if both
     ]
     told.clear()
-    lists.check_disjoint(Corpus([Entry("other", "x", "x.wav")]))
+    lists.check_disjoint(["other"])
     assert not told
+    lists.check_disjoint([held.speakers[1], "other"], "were trained on in x")  # those held out by their names too
+    assert any(line.startswith("held_out: 1 of the 2 speakers of its trials were trained on in x") for line in told)
 
 
 def test_one_of_several_processes_warns(tones, tmp_path):
@@ -185,7 +187,7 @@ def test_one_of_several_processes_warns(tones, tmp_path):
     told: dict[int, list[str]] = {0: [], 1: []}
     for rank, lines in told.items():
         make(tmp_path / "x/some.txt", warn=lines.append, rank=rank).check_disjoint(
-            read_corpus(tones / "train_list.txt")
+            read_corpus(tones / "train_list.txt").speakers
         )
     assert len(told[0]) == 2 and not told[1]
 
@@ -390,7 +392,7 @@ def test_real_speech(speech, encoder, scored):
     training, held = hold_out(corpus, 4, seed=0)
     told = []
     lists = make(speech / "trials_fsdd.txt", held=held, root=str(speech), warn=told.append)
-    lists.check_disjoint(training)
+    lists.check_disjoint(training.speakers)
     assert not told
     found = lists.run(encoder)
     assert list(found) == ["trials_fsdd", "held_out"] and found["trials_fsdd"].num_trials == 1152

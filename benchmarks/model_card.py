@@ -44,11 +44,13 @@ def card(record: dict[str, Any], machine: str) -> str:
         held_out_trials=f"{held_out['num_trials']:,}",
         held_out_speakers=held_out["speakers"],
         held_out_rate=_rate(held_out),
+        held_out_teachers=f", by {held_out['teachers']} teachers," if held_out["teachers"] else "",
         steps=f"{record['steps']:,}",
         differences="".join(f", `{name}` {json.dumps(value)}" for name, value in record["differences"].items()),
         minutes=f"{record['training_minutes']:.0f}",
         machine=machine,
         config=record["config"].rstrip("\n"),
+        teachers="\n".join(_teachers(record["teachers"])),
         data="\n".join(
             f"| {_PARTS[part]} | {_CORPORA[corpus]} | {row['speakers']} | {row['utterances']} | {row['minutes']:.1f} |"
             for part, corpora in parts.items()
@@ -62,6 +64,19 @@ def card(record: dict[str, Any], machine: str) -> str:
         narrow_threshold=f"{narrow['eer_threshold']:.4f}",
         narrow_rate=f"{narrow['eer_percent']:.1f}",
     )
+
+
+def _teachers(teachers: dict[str, Any] | None) -> list[str]:
+    if teachers is None:
+        return []
+    seeds = ", ".join(map(str, teachers["seeds"]))
+    return [
+        f"\nIts {len(teachers['seeds'])} teachers, {teachers['training_minutes']:.0f} minutes in all, are runs of "
+        f"`configs/{teachers['recipe']}` with `seed` {seeds}:\n",
+        "```yaml",
+        teachers["config"].rstrip("\n"),
+        "```\n",
+    ]
 
 
 def table(record: dict[str, Any]) -> list[str]:

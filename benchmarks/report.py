@@ -79,25 +79,36 @@ def _records(results: Path) -> list[dict[str, Any]]:
 
 
 def _accuracy(record: dict[str, Any]) -> str:
-    runs, lists, held_out = record["runs"], record["eer_percent"], record["held_out"]
-    speakers = [f"{name} ({runs[0]['lists'][name]['speakers']} speakers)" for name in lists]
     lines = [
-        "## `configs/mini.yaml` on real speech: EER on unseen speakers",
+        "## `configs/mini.yaml` and `mini_distilled.yaml` on real speech: EER on unseen speakers",
         "",
-        f"{_machine(record)}, {record['date']}. {len(runs)} seeds, at most {record['training_minutes']:.1f} minutes of "
-        f"training each on {record['threads']} thread(s), start of the command included; plain cosine of whole "
-        "utterances. EER in percent with its 95 % interval over speakers. The recipe was chosen on speakers held out, "
-        f"on which it has {held_out['eer_percent']:.2f}{_interval(held_out, 'eer', '.2f')}; these runs train on all.",
-        "",
-        f"| {' | '.join(['seed', *speakers])} |",
-        "|---" * (1 + len(lists)) + "|",
+        f"{_machine(record)}, {record['date']}. Plain cosine of whole utterances; EER in percent with its 95 % "
+        f"interval over speakers. Minutes are those of training and validation on {record['threads']} thread(s). The "
+        "recipes were chosen on speakers held out; these runs train on all. The teachers of a distilled run are two "
+        "of the others.",
     ]
-    for run in runs:
-        rates = [run["lists"][name] for name in lists]
-        cells = [f"{rate['eer_percent']:.2f}{_interval(rate, 'eer', '.2f')}" for rate in rates]
-        lines.append(f"| {' | '.join([str(run['seed']), *cells])} |")
-    means = [f"{r['mean']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})" for r in lists.values()]
-    lines.append(f"| {' | '.join(['mean (lowest to highest)', *means])} |")
+    for name, recipe in record["recipes"].items():
+        runs, lists, held_out = recipe["runs"], recipe["eer_percent"], recipe["held_out"]
+        chosen_by = f"{held_out['eer_percent']:.2f}{_interval(held_out, 'eer', '.2f')}"
+        speakers = [f"{trials} ({runs[0]['lists'][trials]['speakers']} speakers)" for trials in lists]
+        taught = "teachers" in runs[0]
+        head = ["seed", *(["teachers"] if taught else []), "minutes", *speakers]
+        lines += [
+            "",
+            f"`configs/{name}`, on the speakers held out {chosen_by}:",
+            "",
+            f"| {' | '.join(head)} |",
+            "|---" * len(head) + "|",
+        ]
+        for run in runs:
+            rates = [run["lists"][trials] for trials in lists]
+            cells = [str(run["seed"]), *([", ".join(map(str, run["teachers"]))] if taught else [])]
+            cells += [f"{run['training_minutes']:.1f}"]
+            cells += [f"{rate['eer_percent']:.2f}{_interval(rate, 'eer', '.2f')}" for rate in rates]
+            lines.append(f"| {' | '.join(cells)} |")
+        means = [f"{r['mean']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})" for r in lists.values()]
+        longest = f"at most {recipe['training_minutes']:.1f}"
+        lines.append(f"| {' | '.join(['mean (lowest to highest)', *([''] if taught else []), longest, *means])} |")
     return "\n".join([*lines, ""])
 
 
@@ -107,7 +118,7 @@ def _bundled(record: dict[str, Any]) -> str:
         f"## `{record['name']}`, the model that comes with the package: EER on unseen speakers",
         "",
         f"{_machine(record)}, {record['date']}. `configs/{record['recipe']}` with seed {record['seed']}, "
-        f"{record['training_minutes']:.1f} minutes of training; {model['parameters']:,} parameters, "
+        f"{record['training_minutes']:.1f} minutes of training{_taught(record)}; {model['parameters']:,} parameters, "
         f"{model['bytes'] / 1e6:.1f} MB. Misses and false alarms are those at its threshold, "
         f"{record['threshold']:.4f}, set on {held_out['speakers']} speakers held out at an EER of "
         f"{held_out['eer_percent']:.2f} %{_interval(held_out, 'eer', '.2f')}. Its card is the README.md beside it.",
@@ -115,6 +126,13 @@ def _bundled(record: dict[str, Any]) -> str:
         *model_card.table(record),
     ]
     return "\n".join([*lines, ""])
+
+
+def _taught(record: dict[str, Any]) -> str:
+    teachers = record["teachers"]
+    if teachers is None:
+        return ""
+    return f" after {teachers['training_minutes']:.1f} of its {len(teachers['seeds'])} teachers"
 
 
 def _precisions(record: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.accuracy.bundle RUN HELD_OUT --data FOLDER --out RESULT.json [--name ecapa-mini]
 
-RUN trained on all speakers; HELD_OUT is a run like it from which some were held out, and the threshold is set on these.
+RUN, of mini_distilled.yaml, trained on all speakers, as its teachers did, which are of mini.yaml; HELD_OUT is a run
+like it from which some were held out, and the threshold is set on these. It may have fewer teachers.
 The folder holds ``utterances.csv`` and ``trials*.txt``, on each of which the model is evaluated, once. To be run on the
 machine that trained. ``python -m benchmarks.report`` then writes the model card, which is a part of the model.
 """
@@ -36,10 +37,12 @@ from spkfast.training.log import LOG, VALIDATION, read_log
 from spkfast.training.validation import HELD_OUT
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = "configs/mini.yaml"
+RECIPE = "configs/mini_distilled.yaml"
+TEACHER_RECIPE = "configs/mini.yaml"
 MODELS = "spkfast/models/bundled"
 EXPECTED = "tests/fixtures/{}/expected.json"
 _FILES = ("config.yaml", "model.safetensors")
+_TEACHERS = "distillation.teachers"
 _FRONTEND = ("sample_rate", "n_mels", "frame_length_ms", "frame_shift_ms")
 
 
@@ -61,13 +64,20 @@ def main() -> None:
 
 
 def bundle(
-    run: Path, held_out: Path, data: Path, name: str, *, recipe: Path = ROOT / RECIPE, root: Path = ROOT
+    run: Path,
+    held_out: Path,
+    data: Path,
+    name: str,
+    *,
+    recipe: Path = ROOT / RECIPE,
+    teacher_recipe: Path = ROOT / TEACHER_RECIPE,
+    root: Path = ROOT,
 ) -> dict[str, Any]:
     """Saves the model of a run below ``root``, writes the numbers that it gives for the tests, and makes the record.
 
     Raises:
         InputError: If the runs differ in their settings, or are not on this data, or the one has speakers held out or
-            the other none, or a log does not tell the time of training.
+            the other none, or a log does not tell the time of training, or a teacher is not of its recipe.
     """
     settings, other = map(_settings, (run, held_out))
     changed = differences(settings, recipe)
@@ -106,7 +116,8 @@ def bundle(
         "seed": settings["seed"],
         "steps": sum(_settings(stage)["run"]["steps"] for stage in stages(run)),
         "training_minutes": sum(map(logged_minutes, stages(run))),
-        "held_out": {**validation, "speakers": len(speakers)},
+        "teachers": describe_teachers(settings[_TEACHERS], teacher_recipe),
+        "held_out": {**validation, "speakers": len(speakers), "teachers": len(other[_TEACHERS])},
         "threshold": encoder.threshold.value,
         "data": parts,
         "model": {
@@ -160,6 +171,26 @@ def logged_minutes(run: Path) -> float:
     if not seconds or None in seconds:
         raise InputError(f"{run}: its log does not tell the time of training")
     return sum(seconds) / 60
+
+
+def describe_teachers(runs: list[str], recipe: Path) -> dict[str, Any] | None:
+    """Seeds and minutes of the runs that a run learned from; None where there were none.
+
+    Raises:
+        InputError: If one is not of the recipe, or had speakers held out.
+    """
+    if not runs:
+        return None
+    found = [_settings(Path(run)) for run in runs]
+    for run, settings in zip(runs, found, strict=True):
+        if (changed := differences(settings, recipe)) or settings["run"]["held_out_speakers"]:
+            raise InputError(f"{run}: a teacher must be of {recipe.name} and on all speakers, differs in {changed}")
+    return {
+        "recipe": recipe.name,
+        "config": recipe.read_text(),
+        "seeds": [settings["seed"] for settings in found],
+        "training_minutes": sum(logged_minutes(Path(run)) for run in runs),
+    }
 
 
 def describe_parts(table: Path, held_out: list[str]) -> dict[str, dict[str, dict[str, float]]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.accuracy.bundle import bundle, describe_parts, probe, row, stages
+from benchmarks.accuracy.bundle import bundle, describe_parts, logged_minutes, probe, row, stages
 from spkfast import InputError, SpeakerEncoder
 from spkfast.cli.main import main
 from spkfast.data.lists import Trial
@@ -88,7 +88,8 @@ def test_run_becomes_a_model_with_a_record(runs, data, recipe, tmp_path):
     logs = [(stage / "log.jsonl").read_text().splitlines() for stage in stages(run)]
     seconds = sum(json.loads(line)["seconds"] for log in logs for line in log)
     assert record["training_minutes"] == pytest.approx(seconds / 60)
-    assert record["held_out"] == {**last["lists"]["held_out"], "speakers": 2}
+    assert record["held_out"] == {**last["lists"]["held_out"], "speakers": 2, "teachers": 0}
+    assert record["teachers"] is None
     assert record["threshold"] == encoder.threshold.value == record["held_out"]["threshold"]
     assert encoder.threshold.list == "held_out"
     assert record["model"]["sha256"] == hashlib.sha256(weights).hexdigest()
@@ -130,6 +131,26 @@ def test_what_differs_from_the_recipe_is_recorded(runs, data, recipe, tmp_path):
         ]
         record = bundle(*both, data, "some-model", recipe=recipe, root=tmp_path)
         assert record["differences"] == {"fine_tuning": {"steps": 6, "loss": {"margin": 0.4}}}
+
+
+def test_teachers_are_told(runs, data, recipe, tmp_path):
+    run, held_out = runs
+    taught = [
+        edited(one, tmp_path / one.name, lambda found: found.update({"distillation.teachers": [str(run)] * 2}))
+        for one in runs
+    ]
+    where = {"recipe": recipe, "teacher_recipe": recipe, "root": tmp_path}
+    record = bundle(*taught, data, "some-model", **where)
+    minutes = 2 * logged_minutes(run)
+    told = {"recipe": "tiny.yaml", "config": recipe.read_text(), "seeds": [3, 3], "training_minutes": minutes}
+    assert record["teachers"] == told and record["held_out"]["teachers"] == 2
+    assert bundle(*runs, data, "some-model", **where)["teachers"] is None
+
+    def other(found):
+        found["distillation.teachers"] = [str(held_out)]
+
+    with pytest.raises(InputError, match=r"a teacher must be of tiny\.yaml and on all speakers"):
+        bundle(edited(run, tmp_path / "c", other), taught[1], data, "some-model", **where)
 
 
 def test_runs_that_do_not_belong_together_are_refused(runs, data, recipe, tmp_path):

@@ -75,7 +75,8 @@ BUNDLED = {
     "seed": 3,
     "steps": 7000,
     "training_minutes": 31.4,
-    "held_out": {**RATES, "eer_percent": 3.0, "threshold": 0.3125, "num_trials": 2000, "speakers": 24},
+    "teachers": {"recipe": "other.yaml", "config": "# another\n", "seeds": [4, 5, 6], "training_minutes": 40.25},
+    "held_out": {**RATES, "eer_percent": 3.0, "threshold": 0.3125, "num_trials": 2000, "speakers": 24, "teachers": 2},
     "threshold": 0.3125,
     "data": {"train": {"librispeech-tc100": PART, "asc": PART}, "held_out": {"asc": PART}, "test": {"fsdd": PART}},
     "model": {
@@ -109,30 +110,39 @@ def write(folder, record):
 
 
 def test_seeds_of_a_recipe_have_a_row_each_and_a_mean(tmp_path):
-    runs = [{"seed": seed, "lists": {"trials.txt": {**RATES, "speakers": 16}}} for seed in (0, 1)]
+    lists = {"trials.txt": {**RATES, "speakers": 16}}
+    runs = [{"seed": seed, "training_minutes": 7.0 + seed, "lists": lists} for seed in (0, 1)]
+    recipe = {
+        "config": "steps: 1",
+        "training_minutes": 8.25,
+        "held_out": {**RATES, "eer_percent": 3.5},
+        "eer_percent": {"trials.txt": {"mean": 4.5, "lowest": 4.0, "highest": 5.0}},
+        "runs": runs,
+    }
+    taught = {**recipe, "runs": [{**runs[0], "teachers": [0, 1]}]}
     record = {
         "benchmark": "real_speech",
         "date": "2026-01-01",
         "machine": RECORD["machine"],
-        "training_minutes": 8.25,
         "threads": 1,
-        "held_out": {**RATES, "eer_percent": 3.5},
-        "eer_percent": {"trials.txt": {"mean": 4.5, "lowest": 4.0, "highest": 5.0}},
-        "runs": runs,
+        "recipes": {"mini.yaml": recipe, "mini_distilled.yaml": taught},
     }
     write(tmp_path, record)
     lines = report.page(tmp_path).splitlines()
     # Named so in the recipe.
     assert any(line.startswith("## `configs/mini.yaml`") and "real speech" in line for line in lines)
-    assert any("2 seeds, at most 8.2 minutes of training each on 1 thread(s)" in line for line in lines)
-    assert any("on which it has 3.50 (1.00 to 9.50)" in line for line in lines)
-    table = lines.index("| seed | trials.txt (16 speakers) |")
+    assert any("Minutes are those of training and validation on 1 thread(s)" in line for line in lines)
+    for name in ("mini.yaml", "mini_distilled.yaml"):
+        assert f"`configs/{name}`, on the speakers held out 3.50 (1.00 to 9.50):" in lines
+    table = lines.index("| seed | minutes | trials.txt (16 speakers) |")
     assert lines[table + 1 : table + 5] == [
-        "|---|---|",
-        "| 0 | 4.12 (1.00 to 9.50) |",
-        "| 1 | 4.12 (1.00 to 9.50) |",
-        "| mean (lowest to highest) | 4.50 (4.00 to 5.00) |",
+        "|---|---|---|",
+        "| 0 | 7.0 | 4.12 (1.00 to 9.50) |",
+        "| 1 | 8.0 | 4.12 (1.00 to 9.50) |",
+        "| mean (lowest to highest) | at most 8.2 | 4.50 (4.00 to 5.00) |",
     ]
+    table = lines.index("| seed | teachers | minutes | trials.txt (16 speakers) |")
+    assert lines[table + 2] == "| 0 | 0, 1 | 7.0 | 4.12 (1.00 to 9.50) |"
 
 
 def test_bundled_model_has_a_section_and_a_card(tmp_path):
@@ -143,7 +153,9 @@ def test_bundled_model_has_a_section_and_a_card(tmp_path):
     for lines in (page, card):
         assert "| trials.txt | 16 | 1,350 + 2,250 | 4.12 (1.00 to 9.50) | 0.5000 | 30.00 | 2.50 |" in lines
     assert any(line.startswith("## `ecapa-mini`") for line in page)
-    assert any("31.4 minutes of training; 620,000 parameters, 2.5 MB" in line for line in page)
+    assert any(
+        "31.4 minutes of training after 40.2 of its 3 teachers; 620,000 parameters, 2.5 MB" in line for line in page
+    )
     assert any("0.3125, set on 24 speakers held out at an EER of 3.00 % (1.00 to 9.50)" in line for line in page)
     text = " ".join(files[report.MODELS / "ecapa-mini" / "README.md"].split())
     for words in (
@@ -153,11 +165,12 @@ def test_bundled_model_has_a_section_and_a_card(tmp_path):
         "preset `wespeaker`, hash `608f`: 80 mel bands of 25 ms every 10 ms",
         "2,495,360 bytes, SHA-256 `abc`",
         "decides at a cosine of 0.3125.",
-        "on 2,000 trials among 24 speakers, with a network that was trained in the same way without them and has an "
-        "EER of 3.00 (1.00 to 9.50) % on these",
+        "on 2,000 trials among 24 speakers, with a network that was trained in the same way, by 2 teachers, "
+        "without them and has an EER of 3.00 (1.00 to 9.50) % on these",
         '7,000 steps of `configs/mini.yaml` with `seed` 3, `averaging.name` "none", `steps` 7000 on all '
         "speakers, 31 minutes on some CPU, 2 cores",
-        "```yaml # a recipe steps: {of: 1000} ```",
+        "```yaml # a recipe steps: {of: 1000} ``` Its 3 teachers, 40 minutes in all, are runs of `configs/other.yaml` "
+        "with `seed` 4, 5, 6: ```yaml # another ``` ## Data",
         "| of these, choosing recipe and threshold | Arabic Speech Commands | 7 | 8 | 9.2 |",
         "14 speakers with 18 minutes",
         "No test list has more than 16 speakers",

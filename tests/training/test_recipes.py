@@ -98,7 +98,10 @@ def test_trains(name, corpus, tmp_path):
     data += ["--data.noise", str(corpus / "additions"), "--validation.held_out", "2", "--validation.every", "20"]
     second = ["--fine_tuning.steps", "2", "--fine_tuning.batch_size", "4", "--fine_tuning.data.crop_seconds", "0.8"]
     second += ["--fine_tuning.schedule.warmup", "1", "--fine_tuning.loss.margin_end", "0"]
-    is_tuned = "fine_tuning" in yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    recipe = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    is_tuned = "fine_tuning" in recipe
+    if "distillation" in recipe:  # of other runs
+        data += ["--distillation.teachers", "ecapa-mini", "--init_from", "ecapa-mini"]
     out = tmp_path / "run"
     main([str(FOLDER / f"{name}.yaml"), "--out", str(out), *spans, *sizes, *data, *(second if is_tuned else [])])
     entries = read_log(out)

@@ -40,6 +40,14 @@ validation: {{held_out: 2, every: 6, keep: 2, take: best}}
 """
 
 
+@pytest.fixture(autouse=True)
+def _heeds_interrupts():
+    """As a command in a terminal: what is started in the background ignores them, and so do its children."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = make_tones(tmp_path_factory.mktemp("tones"), speakers=6)

@@ -34,7 +34,7 @@ def test_a_process_that_is_killed_has_it_no_more_though_its_readers_live(tmp_pat
         "from spkfast.training.lock import locked\n"
         f"with locked(pathlib.Path({str(tmp_path)!r})):\n"
         "    reader = os.fork()\n"
-        "    if reader: print(reader, flush=True)\n"
+        "    if not reader: print(os.getpid(), flush=True)\n"  # when what runs after a fork has run
         "    time.sleep(600)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

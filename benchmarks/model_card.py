@@ -43,7 +43,7 @@ def card(record: dict[str, Any], machine: str) -> str:
         threshold=f"{record['threshold']:.4f}",
         held_out_trials=f"{held_out['num_trials']:,}",
         held_out_speakers=held_out["speakers"],
-        held_out_rate=_rate(held_out),
+        held_out_rate=rate(held_out),
         held_out_teachers=f", by {held_out['teachers']} teachers," if held_out["teachers"] else "",
         steps=f"{record['steps']:,}",
         differences="".join(f", `{name}` {json.dumps(value)}" for name, value in record["differences"].items()),
@@ -90,7 +90,7 @@ def table(record: dict[str, Any]) -> list[str]:
             name,
             str(row["speakers"]),
             f"{row['targets']:,} + {row['nontargets']:,}",
-            _rate(row),
+            rate(row),
             f"{row['min_dcf']:.4f}",
             f"{row['misses_percent']:.2f}",
             f"{row['false_alarms_percent']:.2f}",
@@ -99,6 +99,7 @@ def table(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _rate(row: dict[str, Any]) -> str:
+def rate(row: dict[str, Any]) -> str:
+    """Equal error rate in percent, and its interval where there is one."""
     low, high = row["eer_low_percent"], row["eer_high_percent"]
     return f"{row['eer_percent']:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")

@@ -89,22 +89,20 @@ def _accuracy(record: dict[str, Any]) -> str:
     ]
     for name, recipe in record["recipes"].items():
         runs, lists, held_out = recipe["runs"], recipe["eer_percent"], recipe["held_out"]
-        chosen_by = f"{held_out['eer_percent']:.2f}{_interval(held_out, 'eer', '.2f')}"
         speakers = [f"{trials} ({runs[0]['lists'][trials]['speakers']} speakers)" for trials in lists]
         taught = "teachers" in runs[0]
         head = ["seed", *(["teachers"] if taught else []), "minutes", *speakers]
         lines += [
             "",
-            f"`configs/{name}`, on the speakers held out {chosen_by}:",
+            f"`configs/{name}`, on the speakers held out {model_card.rate(held_out)}:",
             "",
             f"| {' | '.join(head)} |",
             "|---" * len(head) + "|",
         ]
         for run in runs:
-            rates = [run["lists"][trials] for trials in lists]
             cells = [str(run["seed"]), *([", ".join(map(str, run["teachers"]))] if taught else [])]
             cells += [f"{run['training_minutes']:.1f}"]
-            cells += [f"{rate['eer_percent']:.2f}{_interval(rate, 'eer', '.2f')}" for rate in rates]
+            cells += [model_card.rate(run["lists"][trials]) for trials in lists]
             lines.append(f"| {' | '.join(cells)} |")
         means = [f"{r['mean']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})" for r in lists.values()]
         longest = f"at most {recipe['training_minutes']:.1f}"
@@ -151,7 +149,7 @@ def _precisions(record: dict[str, Any]) -> str:
     ]
     for name, rows in record["lists"].items():
         for way, row in rows.items():
-            rate = f"{row['eer_percent']:.2f}{_interval(row, 'eer', '.2f')}"
+            rate = model_card.rate(row)
             cells = [name, way, rate, f"{row['min_dcf']:.4f}", "", "", f"{row['lowest_cosine']:.6f}", ""]
             if "bounds" in row:
                 cells[4] = f"{row['change_percent']:+.2f}{_interval(row, 'change', '+.2f')}"

@@ -79,7 +79,7 @@ def bundle(
         InputError: If the runs differ in their settings, or are not on this data, or the one has speakers held out or
             the other none, or a log does not tell the time of training, or a teacher is not of its recipe.
     """
-    settings, other = map(_settings, (run, held_out))
+    settings, other = map(read_settings, (run, held_out))
     changed = differences(settings, recipe)
     if changed != differences(other, recipe):
         raise InputError(f"{held_out}: differs from the recipe in {differences(other, recipe)}, {run} in {changed}")
@@ -91,11 +91,7 @@ def bundle(
         found, there = settings["run"][key], sum(part[key] for part in parts["train"].values())
         if found != there:
             raise InputError(f"{run}: was trained on {found} {key}, {data} has {there}")
-    last = stages(held_out)[-1]
-    taken = taken_validation(last, _settings(last)["validation.take"])
-    if taken is None:
-        raise InputError(f"{held_out}: no validation in its log")
-    validation = taken["lists"][HELD_OUT]
+    validation = held_out_rates(held_out)
     encoder = SpeakerEncoder.load(stages(run)[-1], device="cpu")
     encoder.threshold = Threshold(validation["threshold"], HELD_OUT)
     folder = root / MODELS / name
@@ -114,7 +110,7 @@ def bundle(
         "config": recipe.read_text(),
         "differences": differences(settings, recipe),
         "seed": settings["seed"],
-        "steps": sum(_settings(stage)["run"]["steps"] for stage in stages(run)),
+        "steps": sum(read_settings(stage)["run"]["steps"] for stage in stages(run)),
         "training_minutes": sum(map(logged_minutes, stages(run))),
         "teachers": describe_teachers(settings[_TEACHERS], teacher_recipe),
         "held_out": {**validation, "speakers": len(speakers), "teachers": len(other[_TEACHERS])},
@@ -153,10 +149,25 @@ def differences(settings: Mapping[str, Any], recipe: Path) -> dict[str, Any]:
 
 def stages(run: Path) -> list[Path]:
     """Folder of a run, and that of its fine-tuning where there was one: the model is of the last."""
-    return [run] if _settings(run).get(FINE_TUNING) is None else [run, run / FINE_TUNING]
+    return [run] if read_settings(run).get(FINE_TUNING) is None else [run, run / FINE_TUNING]
 
 
-def _settings(run: Path) -> dict[str, Any]:
+def held_out_rates(run: Path) -> dict[str, Any]:
+    """What the log of a run says of its model on the speakers held out.
+
+    Raises:
+        InputError: If it says nothing.
+    """
+    last = stages(run)[-1]
+    taken = taken_validation(last, read_settings(last)["validation.take"])
+    if taken is None:
+        raise InputError(f"{run}: no validation in its log")
+    found: dict[str, Any] = taken["lists"][HELD_OUT]
+    return found
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """All settings of a run by dotted name, and under ``run`` what was found."""
     settings: dict[str, Any] = json.loads((run / "config.json").read_text())
     return settings
 
@@ -181,7 +192,7 @@ def describe_teachers(runs: list[str], recipe: Path) -> dict[str, Any] | None:
     """
     if not runs:
         return None
-    found = [_settings(Path(run)) for run in runs]
+    found = [read_settings(Path(run)) for run in runs]
     for run, settings in zip(runs, found, strict=True):
         if (changed := differences(settings, recipe)) or settings["run"]["held_out_speakers"]:
             raise InputError(f"{run}: a teacher must be of {recipe.name} and on all speakers, differs in {changed}")

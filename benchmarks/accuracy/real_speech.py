@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.bundle import differences, logged_minutes
+from benchmarks.accuracy.bundle import differences, held_out_rates, logged_minutes, read_settings
 from benchmarks.machine import describe_machine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -100,7 +100,7 @@ def train(data: Path, recipe: str, seed: int, out: Path, held_out: Path | None, 
             "--data.rir", str(data / "rir"), "--validation.held_out", str(held_out or 0), "--json", *more,
             threads=threads,
         )  # fmt: skip
-    settings = json.loads((out / "config.json").read_text())
+    settings = read_settings(out)
     found = (settings["seed"], bool(settings["run"]["held_out_speakers"]), differences(settings, CONFIGS / recipe))
     if found != (seed, held_out is not None, {}):
         raise SystemExit(f"{out}: a run of other settings: {found}")
@@ -114,13 +114,6 @@ def evaluate(data: Path, model: Path, threads: int) -> dict[str, Any]:
         "evaluate", "--model", str(model), "--data", str(data), "--trials", *names, "--json", threads=threads
     )
     return {Path(row.pop("trials")).name: row for row in result["lists"]}
-
-
-def held_out_rates(run: Path) -> dict[str, Any]:
-    """What the log of a run says of its last model on the speakers held out."""
-    last = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
-    rates: dict[str, Any] = last["lists"]["held_out"]
-    return rates
 
 
 def spkfast(*arguments: str, threads: int) -> Any:

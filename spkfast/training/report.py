@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spkfast.errors import InputError
 from spkfast.evaluation.report import shown_rates, write_report
-from spkfast.training.log import VALIDATION, read_log
+from spkfast.training.log import VALIDATION, mean_rate, read_log
 from spkfast.training.meter import duration
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _summary(folder: Path, log: Entries, validations: Entries, settings: Mapping
         ("loader wait", "loader_wait", 100, "{:.1f} %"),
         ("device busy", "device_busy", 100, "{:.1f} %"),
     ):
-        mean = _mean(log, key)
+        mean = mean_rate(log, key)
         summary[name] = None if mean is None else form.format(factor * mean)
     best = best_validation(validations)
     if best is not None:
@@ -132,13 +132,6 @@ def _summary(folder: Path, log: Entries, validations: Entries, settings: Mapping
 def _seconds(entry: Mapping[str, Any]) -> float:
     """The time that an entry tells of; 0 where it does not say."""
     return entry.get("seconds") or 0.0
-
-
-def _mean(log: Entries, key: str) -> float | None:
-    """Mean of a rate over the time of training: entries tell of different lengths of it."""
-    known = [entry for entry in log if entry.get(key) is not None]
-    total = sum(_seconds(entry) for entry in known)
-    return sum(entry[key] * _seconds(entry) for entry in known) / total if total else None
 
 
 def _table(validations: Entries) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,10 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"SPKFAST_REQUIRE knows {', '.join(REQUIREMENTS)}, got {', '.join(unknown)}")
 
 
-@pytest.fixture(autouse=True)
-def _allocator_as_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What keeps freed memory does so for good, and so would all tests after it that run in the same process."""
-    monkeypatch.setattr("spkfast.memory._set_option", lambda option, value: None)
+@pytest.fixture(scope="session", autouse=True)
+def _allocator_as_delivered() -> Iterator[None]:
+    """What keeps freed memory does so for good, and so would all tests after it that run in the same process.
+
+    For the whole run, since fixtures of a module come before those of its tests.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spkfast.memory._set_option", lambda option, value: None)
+        yield
 
 
 @pytest.fixture(name="require", scope="session")

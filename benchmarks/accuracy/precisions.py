@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.machine import describe_machine
 from spkfast import SpeakerEncoder, nn
 from spkfast.data.lists import read_train_list, read_trials, speaker_of, trial_paths
-from spkfast.evaluation import cosine_scores, eer, eer_difference, min_dcf
+from spkfast.evaluation import cosine_scores, differences, eer, min_dcf
 
 MODEL = "ecapa-mini"
 _CALIBRATION = 200  # utterances
@@ -111,7 +111,7 @@ def compare(trials: list[Any], paths: list[str], found: dict[str, Tensor]) -> di
         }
         if way == first:
             continue
-        change = eer_difference(scores[first], of_way, labels, **speakers)
+        change = differences(scores[first], of_way, labels, **speakers)["eer"]
         low, high = (None if bound is None else 100 * bound for bound in (change.low, change.high))
         most, score = _BOUNDS[way]
         largest = float(np.abs(of_way - scores[first]).max())

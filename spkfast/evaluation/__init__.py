@@ -2,19 +2,42 @@
 
 from typing import Any
 
-from spkfast.evaluation.metrics import Eer, EerDifference, eer, eer_difference, error_rates, min_dcf
+from spkfast.evaluation.metrics import (
+    Difference,
+    Eer,
+    Estimate,
+    McNemar,
+    act_dcf,
+    bayes_threshold,
+    cllr,
+    differences,
+    eer,
+    error_rates,
+    estimates,
+    mcnemar,
+    min_cllr,
+    min_dcf,
+)
 from spkfast.evaluation.scoring import TrialResult, cosine_scores, evaluate_trials
 
 __all__ = [
+    "Difference",
     "Eer",
-    "EerDifference",
+    "Estimate",
+    "McNemar",
     "TrialResult",
+    "act_dcf",
+    "bayes_threshold",
+    "cllr",
     "cosine_scores",
     "det_plot",
+    "differences",
     "eer",
-    "eer_difference",
     "error_rates",
+    "estimates",
     "evaluate_trials",
+    "mcnemar",
+    "min_cllr",
     "min_dcf",
 ]
 

@@ -1,13 +1,17 @@
-"""Equal error rate and detection cost of a list of trials, with an interval over speakers."""
+"""Error rates, detection costs and calibration costs of a list of trials, with intervals over speakers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from spkfast.errors import InputError
+from spkfast.errors import InputError, nearest
 
 _CONFIDENCE = 0.95
 
@@ -28,12 +32,12 @@ class Eer(NamedTuple):
     high: float | None
 
 
-class EerDifference(NamedTuple):
-    """By how much the equal error rate of one system exceeds that of another on the same trials.
+class Estimate(NamedTuple):
+    """A figure of a list of trials.
 
     Attributes:
-        value: The difference, a fraction; positive where the second system is worse.
-        low: Lower end of the 95 % interval over speakers, or None with fewer than three speakers.
+        value: The figure; rates are fractions.
+        low: Lower end of the 95 % interval over speakers, or None where fewer than three speakers were given.
         high: Upper end.
     """
 
@@ -42,25 +46,59 @@ class EerDifference(NamedTuple):
     high: float | None
 
 
-def error_rates(scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class Difference(NamedTuple):
+    """By how much a figure of one system exceeds that of another on the same trials.
+
+    Attributes:
+        value: The difference; positive where the second system is worse.
+        low: Lower end of the paired 95 % interval over speakers, or None with fewer than three speakers.
+        high: Upper end.
+        p_value: Of the two-sided test that there is none: twice the share of resamples on the rarer side of 0, or None
+            without an interval. It is no less than two over the number of resamples and one.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+
+
+class McNemar(NamedTuple):
+    """Which of two systems errs where the other does not.
+
+    Attributes:
+        first_alone: Trials that the first system alone decides wrongly.
+        second_alone: Trials that the second one alone decides wrongly.
+        p_value: Of the exact two-sided test that each is as likely.
+    """
+
+    first_alone: int
+    second_alone: int
+    p_value: float
+
+
+def error_rates(scores: Any, labels: Any, *, ties: str = "together") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Miss and false-alarm rate at every threshold that makes a difference.
 
-    A trial is accepted if its score lies above the threshold; equal scores are one threshold, so the order of the
-    trials does not matter.
+    A trial is accepted if its score lies above the threshold. Equal scores are one threshold, so that the order of the
+    trials does not matter, unless ``ties`` asks for it.
 
     Args:
         scores: Finite scores, higher for the same speaker, shape (trials,); numpy, torch or a sequence.
         labels: 1 (or True) for the same speaker, 0 for different ones, shape (trials,).
+        ties: ``together``; or ``in_order``: one after the other, as they stand in the list, which is how
+            voxceleb_trainer, ESPnet and wespeaker count them, and what no threshold can do.
 
     Returns:
         Miss rate, false-alarm rate and threshold, each of shape (different scores + 1,), thresholds ascending from
         minus infinity, where everything is accepted.
 
     Raises:
-        InputError: If shapes differ, a score is not finite, a label is not 0 or 1, or one of the two is missing.
+        InputError: If shapes differ, a score is not finite, a label is not 0 or 1, or one of the two is missing;
+            or if ``ties`` is unknown.
     """
-    trials = _Trials(*_checked(scores, labels))
-    misses, false_alarms = trials.errors(np.ones(len(trials.target)))
+    trials = _Trials(*_checked(scores, labels), ties=ties)
+    misses, false_alarms = trials.errors()
     return misses / misses[-1], false_alarms / false_alarms[0], trials.thresholds
 
 
@@ -71,6 +109,7 @@ def eer(
     enrol_speakers: Sequence[Any] | np.ndarray | None = None,
     test_speakers: Sequence[Any] | np.ndarray | None = None,
     method: str = "interp",
+    ties: str = "together",
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Eer:
@@ -84,7 +123,10 @@ def eer(
 
     Speakers are resampled with replacement, because trials of one speaker are far from independent: a trial counts as
     often as both of its speakers were drawn (the product; for two sides of one speaker, the count of that speaker).
-    Resamples without targets or without nontargets are left out.
+    Resamples without targets or without nontargets are left out. The interval is bias-corrected and expanded for the
+    number of speakers. It is somewhat wide where each speaker meets few others, since the product then counts what
+    is peculiar to single trials twice; it is too narrow with a dozen speakers, which tell too little of how much
+    speakers differ.
 
     Args:
         scores: Finite scores, higher for the same speaker, shape (trials,); numpy, torch or a sequence.
@@ -92,6 +134,7 @@ def eer(
         enrol_speakers: Speaker of the first side of each trial (any hashable names), shape (trials,).
         test_speakers: Speaker of the second side.
         method: ``interp``, ``clova`` or ``speechbrain``.
+        ties: As of :func:`error_rates`.
         num_resamples: Bootstrap resamples.
         seed: Of the resampling.
 
@@ -99,97 +142,160 @@ def eer(
         InputError: As :func:`error_rates`; or if the method is unknown, or the speakers of one side alone are given.
 
     Reference: Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP
-    2004 (resampling of speakers rather than trials).
+    2004 (resampling of speakers rather than trials); Efron, "Better bootstrap confidence intervals", JASA 1987 (bias
+    correction); Hesterberg, "What teachers should know about the bootstrap", The American Statistician 2015
+    (expansion).
     """
-    if method not in _METHODS:
-        raise InputError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
-    score, target = _checked(scores, labels)
-    trials = _Trials(score, target)
+    _check_choice("method", method, list(_METHODS))
+    trials = _Trials(*_checked(scores, labels), ties=ties)
     find = _METHODS[method]
-    value, index = find(*trials.errors(np.ones(len(target))))
+    value, index = find(*trials.errors())
     low, high = None, None
-    if enrol_speakers is not None or test_speakers is not None:
-        if enrol_speakers is None or test_speakers is None:
-            raise InputError("enrol_speakers and test_speakers must be given together")
-        low, high = _interval(
-            lambda errors: find(*errors[0])[0], [trials], enrol_speakers, test_speakers, num_resamples, seed
-        )
+    speakers = _speakers(enrol_speakers, test_speakers, len(trials.target))
+    if speakers is not None:
+        rates = _resampled([trials], {"eer": lambda drawn: find(*drawn.errors)[0]}, speakers, num_resamples, seed)
+        low, high = _interval(rates["eer"][:, 0], value, speakers.total)
     return Eer(float(value), float(trials.thresholds[index]), low, high)
 
 
-def eer_difference(
+def estimates(
+    scores: Any,
+    labels: Any,
+    metrics: Sequence[str] = ("eer", "min_dcf:0.01"),
+    *,
+    enrol_speakers: Sequence[Any] | np.ndarray | None = None,
+    test_speakers: Sequence[Any] | np.ndarray | None = None,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Several figures of a list of trials, with 95 % bootstrap intervals over speakers where they are given.
+
+    A metric is one of
+
+    * ``eer``, or ``eer:clova`` and ``eer:speechbrain`` for the definitions of :func:`eer`;
+    * ``min_dcf:P``: the least detection cost at a target prior of P, or ``min_dcf:P:MISS:FA`` with costs other than 1;
+    * ``act_dcf:P`` or ``act_dcf:P:MISS:FA``: the detection cost at the threshold that scores which are natural
+      logarithms of likelihood ratios should have, :func:`bayes_threshold`;
+    * ``cllr``: what such scores cost over all operating points, in bits; ``min_cllr``: the same after the best
+      increasing map of the scores.
+
+    Args:
+        scores: As of :func:`eer`; for ``act_dcf`` and ``cllr``, natural logarithms of likelihood ratios.
+        labels: As of :func:`eer`.
+        metrics: Which figures.
+        enrol_speakers: As of :func:`eer`.
+        test_speakers: As of :func:`eer`.
+        num_resamples: Bootstrap resamples, the same ones for all figures.
+        seed: Of the resampling.
+
+    Returns:
+        The figures by the name of the metric.
+
+    Raises:
+        InputError: As :func:`eer`; or if a metric is unknown.
+
+    Reference: Bruemmer and du Preez, "Application-independent evaluation of speaker detection", Computer Speech and
+    Language 2006 (Cllr); NIST 2016 Speaker Recognition Evaluation Plan, section 3 (detection cost).
+    """
+    found = {name: _metric(name) for name in metrics}
+    trials = _Trials(*_checked(scores, labels))
+    values = {name: float(metric(_Drawn(trials))) for name, metric in found.items()}
+    speakers = _speakers(enrol_speakers, test_speakers, len(trials.target))
+    if speakers is None:
+        return {name: Estimate(value, None, None) for name, value in values.items()}
+    drawn = _resampled([trials], found, speakers, num_resamples, seed)
+    return {
+        name: Estimate(value, *_interval(drawn[name][:, 0], value, speakers.total)) for name, value in values.items()
+    }
+
+
+def differences(
     first_scores: Any,
     second_scores: Any,
     labels: Any,
+    metrics: Sequence[str] = ("eer",),
     *,
     enrol_speakers: Sequence[Any] | np.ndarray,
     test_speakers: Sequence[Any] | np.ndarray,
-    method: str = "interp",
     num_resamples: int = 1000,
     seed: int = 0,
-) -> EerDifference:
-    """Equal error rate of a second system minus that of a first one, with a paired bootstrap interval over speakers.
+) -> dict[str, Difference]:
+    """Figures of a second system minus those of a first one, with paired bootstrap intervals over speakers.
 
     Both are computed on the same resamples, so that what is hard for both cancels.
+
+    Args:
+        first_scores: As of :func:`estimates`.
+        second_scores: As of :func:`estimates`, of the same trials.
+        labels: As of :func:`eer`.
+        metrics: As of :func:`estimates`.
+        enrol_speakers: As of :func:`eer`.
+        test_speakers: As of :func:`eer`.
+        num_resamples: Bootstrap resamples.
+        seed: Of the resampling.
+
+    Raises:
+        InputError: As :func:`estimates`.
+
+    Reference: Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP
+    2004.
+    """
+    found = {name: _metric(name) for name in metrics}
+    named = {"first_scores": first_scores, "second_scores": second_scores}
+    systems = [_Trials(*_checked(scores, labels, name)) for name, scores in named.items()]
+    speakers = _speakers(enrol_speakers, test_speakers, len(systems[0].target))
+    assert speakers is not None
+    drawn = _resampled(systems, found, speakers, num_resamples, seed)
+    result = {}
+    for name, metric in found.items():
+        first, second = (float(metric(_Drawn(system))) for system in systems)
+        values = drawn[name][:, 1] - drawn[name][:, 0]
+        low, high = _interval(values, second - first, speakers.total)
+        rarer = min((values <= 0).sum(), (values >= 0).sum())
+        p_value = None if low is None else min(1.0, 2 * (float(rarer) + 1) / (len(values) + 1))
+        result[name] = Difference(second - first, low, high, p_value)
+    return result
+
+
+def mcnemar(
+    first_scores: Any, second_scores: Any, labels: Any, *, first_threshold: float, second_threshold: float
+) -> McNemar:
+    """Exact test of whether two systems err equally often on the same trials, each at its own threshold.
+
+    It takes the trials for independent. Those of one speaker are not, so the value is too small where speakers have
+    many trials: :func:`differences` resamples speakers and does not claim more than they tell.
 
     Args:
         first_scores: As of :func:`eer`.
         second_scores: As of :func:`eer`, of the same trials.
         labels: As of :func:`eer`.
-        enrol_speakers: As of :func:`eer`.
-        test_speakers: As of :func:`eer`.
-        method: As of :func:`eer`.
-        num_resamples: Bootstrap resamples.
-        seed: Of the resampling.
+        first_threshold: Score above which the first system accepts.
+        second_threshold: Score above which the second one accepts.
 
     Raises:
-        InputError: As :func:`eer`.
+        InputError: As :func:`error_rates`; or if SciPy is missing.
 
-    Reference: Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP
-    2004.
+    Reference: McNemar, "Note on the sampling error of the difference between correlated proportions or percentages",
+    Psychometrika 1947.
     """
-    if method not in _METHODS:
-        raise InputError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
-    find = _METHODS[method]
-    named = {"first_scores": first_scores, "second_scores": second_scores}
-    systems = [_Trials(*_checked(scores, labels, name)) for name, scores in named.items()]
-    once = np.ones(len(systems[0].target))
-
-    def difference(errors: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-        first, second = (find(*of_system)[0] for of_system in errors)
-        return second - first
-
-    value = difference([system.errors(once) for system in systems])
-    low, high = _interval(difference, systems, enrol_speakers, test_speakers, num_resamples, seed)
-    return EerDifference(float(value), low, high)
+    binomtest = _scipy("stats", "binomtest")
+    first, target = _checked(first_scores, labels, "first_scores")
+    second, _ = _checked(second_scores, labels, "second_scores")
+    wrong = [(first > first_threshold) != target, (second > second_threshold) != target]
+    alone = [int((wrong[0] & ~wrong[1]).sum()), int((wrong[1] & ~wrong[0]).sum())]
+    p_value = float(binomtest(alone[0], sum(alone)).pvalue) if sum(alone) else 1.0
+    return McNemar(alone[0], alone[1], p_value)
 
 
-def _interval(
-    statistic: Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], float],
-    systems: Sequence[_Trials],
-    enrol_speakers: Any,
-    test_speakers: Any,
-    num_resamples: int,
-    seed: int,
-) -> tuple[float | None, float | None]:
-    """Ends of the 95 % interval over speakers of a statistic of the errors of all systems."""
-    if num_resamples < 1:
-        raise InputError(f"num_resamples must be at least 1, got {num_resamples}")
-    values = []
-    for weights in _resamples(enrol_speakers, test_speakers, len(systems[0].target), num_resamples, seed):
-        errors = [system.errors(weights) for system in systems]
-        misses, false_alarms = errors[0]
-        if misses[-1] > 0 and false_alarms[0] > 0:
-            values.append(statistic(errors))
-    # Two speakers have one resample with both of them: an interval without width, which would claim certainty.
-    if not values or len({*enrol_speakers, *test_speakers}) <= 2:
-        return None, None
-    tail = (1 - _CONFIDENCE) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def min_dcf(scores: Any, labels: Any, p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0) -> float:
+def min_dcf(
+    scores: Any,
+    labels: Any,
+    p_target: float = 0.01,
+    c_miss: float = 1.0,
+    c_fa: float = 1.0,
+    *,
+    ties: str = "together",
+) -> float:
     """Least detection cost over all thresholds, divided by the cost of the better constant decision.
 
     Args:
@@ -198,38 +304,187 @@ def min_dcf(scores: Any, labels: Any, p_target: float = 0.01, c_miss: float = 1.
         p_target: Prior of the same speaker; figures for different priors cannot be compared.
         c_miss: Cost of a rejected target.
         c_fa: Cost of an accepted nontarget.
+        ties: As of :func:`error_rates`.
 
     Raises:
         InputError: As :func:`error_rates`; or if the prior or a cost is out of range.
 
     Reference: NIST 2016 Speaker Recognition Evaluation Plan, section 3.
     """
-    if not 0 < p_target < 1:
-        raise InputError(f"p_target must lie between 0 and 1, got {p_target}")
-    if not (c_miss > 0 and c_fa > 0):
-        raise InputError(f"c_miss and c_fa must be positive, got {c_miss} and {c_fa}")
-    miss_rate, false_alarm_rate, _ = error_rates(scores, labels)
-    cost_miss, cost_fa = c_miss * p_target, c_fa * (1 - p_target)
-    return float((cost_miss * miss_rate + cost_fa * false_alarm_rate).min() / min(cost_miss, cost_fa))
+    point = _costs(p_target, c_miss, c_fa)
+    return float(_min_dcf(_Drawn(_Trials(*_checked(scores, labels), ties=ties)), point))
+
+
+def act_dcf(scores: Any, labels: Any, p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0) -> float:
+    """Detection cost at the threshold of Bayes, divided by the cost of the better constant decision.
+
+    Args:
+        scores: Natural logarithms of likelihood ratios, finite, shape (trials,).
+        labels: As of :func:`min_dcf`.
+        p_target: As of :func:`min_dcf`.
+        c_miss: As of :func:`min_dcf`.
+        c_fa: As of :func:`min_dcf`.
+
+    Raises:
+        InputError: As :func:`min_dcf`.
+
+    Reference: NIST 2016 Speaker Recognition Evaluation Plan, section 3.
+    """
+    point = _costs(p_target, c_miss, c_fa)
+    return float(_act_dcf(_Drawn(_Trials(*_checked(scores, labels))), point))
+
+
+def bayes_threshold(p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0) -> float:
+    """Natural logarithm of the likelihood ratio above which accepting a trial costs less than rejecting it.
+
+    Raises:
+        InputError: If the prior or a cost is out of range.
+    """
+    cost_miss, cost_fa = _costs(p_target, c_miss, c_fa)
+    return math.log(cost_fa / cost_miss)
+
+
+def cllr(scores: Any, labels: Any) -> float:
+    """Cost of the logarithm of the likelihood ratio, in bits: 0 for certain and right scores, 1 for none at all.
+
+    Args:
+        scores: Natural logarithms of likelihood ratios, finite, shape (trials,).
+        labels: As of :func:`error_rates`.
+
+    Raises:
+        InputError: As :func:`error_rates`.
+
+    Reference: Bruemmer and du Preez, "Application-independent evaluation of speaker detection", Computer Speech and
+    Language 2006.
+    """
+    return float(_cllr(_Drawn(_Trials(*_checked(scores, labels)))))
+
+
+def min_cllr(scores: Any, labels: Any) -> float:
+    """:func:`cllr` after the best increasing map of the scores: what they tell, however they are calibrated.
+
+    Args:
+        scores: Finite scores, higher for the same speaker, shape (trials,).
+        labels: As of :func:`error_rates`.
+
+    Raises:
+        InputError: As :func:`error_rates`; or if SciPy is missing.
+
+    Reference: Bruemmer and du Preez, "Application-independent evaluation of speaker detection", Computer Speech and
+    Language 2006 (by pool adjacent violators).
+    """
+    return float(_min_cllr(_Drawn(_Trials(*_checked(scores, labels)))))
 
 
 class _Trials:
     """Trials sorted once, so that errors under any weights are two cumulative sums."""
 
-    def __init__(self, scores: np.ndarray, target: np.ndarray) -> None:
-        self._order = np.argsort(scores, kind="stable")
-        ordered = scores[self._order]
-        self._last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of each run of equal scores
-        self.thresholds = np.append(-np.inf, ordered[self._last])
-        self.target = target[self._order]
+    def __init__(self, scores: np.ndarray, target: np.ndarray, ties: str = "together") -> None:
+        _check_choice("ties", ties, ["together", "in_order"])
+        ordered, order = (part.numpy() for part in torch.sort(torch.from_numpy(scores), stable=True))
+        self.order = order
+        self.ordered = ordered
+        self.target = target[order]
+        ends = ordered[1:] != ordered[:-1]  # of runs of equal scores
+        # Without ties nothing has to be picked out.
+        self._last = None if ties == "in_order" or ends.all() else np.append(np.flatnonzero(ends), len(ordered) - 1)
+        self.thresholds = np.append(-np.inf, self.at_thresholds(ordered))
 
-    def errors(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weight of rejected targets and of accepted nontargets at each threshold."""
-        ordered = weights[self._order]
-        rejected = np.append(0.0, np.cumsum(ordered)[self._last])
-        misses = np.append(0.0, np.cumsum(ordered * self.target)[self._last])
-        rejected_nontargets = rejected - misses
-        return misses, rejected_nontargets[-1] - rejected_nontargets
+    def at_thresholds(self, values: np.ndarray) -> np.ndarray:
+        """Of values by trial in order, those of the last trial of each threshold."""
+        return values if self._last is None else values[self._last]
+
+    def errors(self, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Weight of rejected targets and of accepted nontargets at each threshold; weights are given in order."""
+        targets = self.target if weights is None else weights * self.target
+        misses = np.append(0.0, self.at_thresholds(np.cumsum(targets, dtype=np.float64)))
+        passed = np.arange(1.0, len(targets) + 1) if weights is None else np.cumsum(weights)
+        rejected = np.append(0.0, self.at_thresholds(passed))
+        rejected -= misses
+        return misses, rejected[-1] - rejected
+
+    @functools.cached_property
+    def bits(self) -> np.ndarray:
+        """What each score costs as the logarithm of a likelihood ratio, in order."""
+        return np.logaddexp(0, np.where(self.target, -self.ordered, self.ordered)) / math.log(2)
+
+
+class _Drawn:
+    """Trials under weights, each figure's common part computed once."""
+
+    def __init__(self, trials: _Trials, weights: np.ndarray | None = None) -> None:
+        self.trials, self.weights = trials, weights
+        self.errors = trials.errors(weights)
+
+
+def _metric(name: str) -> Callable[[_Drawn], float]:
+    kind, *texts = name.split(":")
+    if kind == "eer" and len(texts) <= 1:
+        method = texts[0] if texts else "interp"
+        _check_choice("method", method, list(_METHODS))
+        return lambda drawn: _METHODS[method](*drawn.errors)[0]
+    if kind in _COSTS and len(texts) in (1, 3):
+        try:
+            point = _costs(*map(float, texts))
+        except ValueError as error:
+            raise InputError(f"metric {name!r}: {error}") from None
+        return lambda drawn: _COSTS[kind](drawn, point)
+    if kind in _CLLRS and not texts:
+        return _CLLRS[kind]
+    known = ["eer", "eer:clova", "eer:speechbrain", *(f"{kind}:{end}" for kind in _COSTS for end in ("P", "P:MISS:FA"))]
+    known += _CLLRS
+    raise InputError(f"unknown metric {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+
+
+def _costs(p_target: float, c_miss: float = 1.0, c_fa: float = 1.0) -> tuple[float, float]:
+    """Cost of rejecting all targets and of accepting all nontargets."""
+    if not 0 < p_target < 1:
+        raise InputError(f"p_target must lie between 0 and 1, got {p_target}")
+    if not (c_miss > 0 and c_fa > 0):
+        raise InputError(f"c_miss and c_fa must be positive, got {c_miss} and {c_fa}")
+    return c_miss * p_target, c_fa * (1 - p_target)
+
+
+def _dcf(drawn: _Drawn, point: tuple[float, float]) -> np.ndarray:
+    misses, false_alarms = drawn.errors
+    return (point[0] / misses[-1] * misses + point[1] / false_alarms[0] * false_alarms) / min(point)
+
+
+def _min_dcf(drawn: _Drawn, point: tuple[float, float]) -> float:
+    return _dcf(drawn, point).min()
+
+
+def _act_dcf(drawn: _Drawn, point: tuple[float, float]) -> float:
+    at = np.searchsorted(drawn.trials.thresholds, math.log(point[1] / point[0]), side="right") - 1
+    return _dcf(drawn, point)[at]
+
+
+def _cllr(drawn: _Drawn) -> float:
+    bits, target = drawn.trials.bits, drawn.trials.target
+    weighted = bits if drawn.weights is None else drawn.weights * bits
+    misses, false_alarms = drawn.errors
+    of_targets = weighted[target].sum()
+    return (of_targets / misses[-1] + (weighted.sum() - of_targets) / false_alarms[0]) / 2
+
+
+def _min_cllr(drawn: _Drawn) -> float:
+    isotonic_regression = _scipy("optimize", "isotonic_regression")
+    misses, false_alarms = drawn.errors
+    targets, nontargets = np.diff(misses), -np.diff(false_alarms)
+    counted = targets + nontargets > 0
+    targets, nontargets = targets[counted], nontargets[counted]
+    both = targets + nontargets
+    share = isotonic_regression(targets / both, weights=both).x
+    # The likelihood ratio of a block is share / (1 - share) over that of the whole list.
+    prior = misses[-1] / false_alarms[0]
+    with np.errstate(divide="ignore"):
+        of_targets = np.where(targets > 0, np.log2(1 + prior * (1 - share) / share), 0)
+        of_nontargets = np.where(nontargets > 0, np.log2(1 + share / (1 - share) / prior), 0)
+    return (targets @ of_targets / misses[-1] + nontargets @ of_nontargets / false_alarms[0]) / 2
+
+
+_COSTS = {"min_dcf": _min_dcf, "act_dcf": _act_dcf}
+_CLLRS = {"cllr": _cllr, "min_cllr": _min_cllr}
 
 
 # Each definition takes the misses and false alarms at ascending thresholds, the first of which accepts everything, and
@@ -270,18 +525,99 @@ def _nearest_mean(misses: np.ndarray, false_alarms: np.ndarray) -> tuple[float, 
 _METHODS = {"interp": _interpolated, "clova": _nearest_corner, "speechbrain": _nearest_mean}
 
 
-def _resamples(enrol: Any, test: Any, num_trials: int, num_resamples: int, seed: int) -> Any:
+class _Speakers(NamedTuple):
+    """Speakers of the two sides of each trial, as numbers; the second is that of nobody where both are one."""
+
+    first: np.ndarray
+    second: np.ndarray
+    total: int
+
+
+def _speakers(enrol: Any, test: Any, num_trials: int) -> _Speakers | None:
+    if enrol is None and test is None:
+        return None
+    if enrol is None or test is None:
+        raise InputError("enrol_speakers and test_speakers must be given together")
     sides = [np.asarray(side) for side in (enrol, test)]
     for name, side in zip(("enrol_speakers", "test_speakers"), sides, strict=True):
         if side.shape != (num_trials,):
             raise InputError(f"{name} must have shape (trials,) = ({num_trials},), got {side.shape}")
     names, index = np.unique(np.concatenate(sides), return_inverse=True)
     first, second = index[:num_trials], index[num_trials:]
-    same = first == second
+    return _Speakers(first, np.where(first == second, len(names), second), len(names))
+
+
+def _draws(count: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each speaker was drawn, and 1 for nobody."""
+    if num_resamples < 1:
+        raise InputError(f"num_resamples must be at least 1, got {num_resamples}")
     rng = np.random.default_rng(seed)
     for _ in range(num_resamples):
-        drawn = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names)).astype(float)
-        yield drawn[first] * np.where(same, 1.0, drawn[second])
+        yield np.append(np.bincount(rng.integers(count, size=count), minlength=count), 1).astype(float)
+
+
+def _resampled(
+    systems: Sequence[_Trials],
+    metrics: dict[str, Callable[[_Drawn], float]],
+    speakers: _Speakers,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Each metric of each system on the resamples that have targets and nontargets, shape (resamples, systems)."""
+    rows: dict[str, list[list[float]]] = {name: [] for name in metrics}
+    if speakers.total > 2:  # of two, one resample has both: an interval without width, which would claim certainty
+        sides = [(speakers.first[system.order], speakers.second[system.order]) for system in systems]
+        for drawn in _draws(speakers.total, num_resamples, seed):
+            weighted = [
+                _Drawn(system, drawn[first] * drawn[second])
+                for system, (first, second) in zip(systems, sides, strict=True)
+            ]
+            misses, false_alarms = weighted[0].errors
+            if misses[-1] > 0 and false_alarms[0] > 0:
+                for name, metric in metrics.items():
+                    rows[name].append([float(metric(one)) for one in weighted])
+    return {name: np.array(values).reshape(-1, len(systems)) for name, values in rows.items()}
+
+
+def _interval(values: np.ndarray, value: float, num_speakers: int) -> tuple[float | None, float | None]:
+    """Ends of the 95 % interval of a figure, from those of its resamples.
+
+    Plain quantiles of the resamples lie too close together with few speakers, and too low for rates, which few speakers
+    tell too low. Hence the quantiles of Student instead of the normal ones, and those around the rank of the figure
+    itself in place of the median: the expanded interval of Hesterberg with the bias correction of Efron.
+    """
+    if not len(values):
+        return None, None
+    normal = NormalDist()
+    reach = math.sqrt(num_speakers / (num_speakers - 1)) * _student((1 + _CONFIDENCE) / 2, num_speakers - 1)
+    rank = ((values < value).mean() + (values <= value).mean()) / 2
+    least = 1 / (len(values) + 1)
+    shift = 2 * normal.inv_cdf(min(max(float(rank), least), 1 - least))
+    low, high = np.quantile(values, [normal.cdf(shift - reach), normal.cdf(shift + reach)])
+    return float(low), float(high)
+
+
+def _student(probability: float, degrees: int) -> float:
+    """Quantile of the distribution of Student, by its expansion around the normal one (Fisher and Cornish 1960)."""
+    z = NormalDist().inv_cdf(probability)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def _check_choice(name: str, value: str, known: list[str]) -> None:
+    if value not in known:
+        raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _scipy(module: str, name: str) -> Any:
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(f"scipy.{module}"), name)
+    except ImportError as error:
+        raise InputError("this needs SciPy: pip install spkfast[eval]") from error
 
 
 def _checked(scores: Any, labels: Any, name: str = "scores") -> tuple[np.ndarray, np.ndarray]:

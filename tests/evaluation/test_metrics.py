@@ -1,6 +1,7 @@
 """Error rates against the toolkits' own figures, against loops over the definition, and by hand."""
 
 import json
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -8,7 +9,18 @@ import torch
 
 from spkfast.errors import InputError
 from spkfast.evaluation import metrics
-from spkfast.evaluation.metrics import eer, eer_difference, error_rates, min_dcf
+from spkfast.evaluation.metrics import (
+    act_dcf,
+    bayes_threshold,
+    cllr,
+    differences,
+    eer,
+    error_rates,
+    estimates,
+    mcnemar,
+    min_cllr,
+    min_dcf,
+)
 
 CASES = (
     "gauss", "ties_2dec", "ties_1dec", "few_targets", "few_nontargets", "separated", "inverted", "tiny", "tiny_doc",
@@ -38,13 +50,19 @@ def test_matches_the_toolkits(golden, peer, case):
         assert got.value == pytest.approx(want, abs=tolerance)
         if "threshold" in result["eer"]:
             assert got.threshold == result["eer"]["threshold"]
-    if peer == "speechbrain" or case not in TIED:  # the others count tied trials one by one
-        for point in result["dcf"]:
-            prior, miss, fa = point["p_target"], point["c_miss"], point["c_fa"]
-            want = point.get("min_dcf")
-            if want is None:
-                want = point["min_dcf_unnormalised"] / min(miss * prior, fa * (1 - prior))
-            assert min_dcf(scores, labels, prior, miss, fa) == pytest.approx(want, abs=tolerance)
+    # All but speechbrain count tied trials one by one.
+    together = {"ties": "together" if peer == "speechbrain" else "in_order"}
+    for point in result["dcf"]:
+        costs = point["p_target"], point["c_miss"], point["c_fa"]
+        want = point.get("min_dcf")
+        if want is None:
+            want = point["min_dcf_unnormalised"] / min(costs[0] * costs[1], costs[2] * (1 - costs[0]))
+        if peer == "wespeaker" and case in TIED:
+            order = np.argsort(labels, kind="stable"), np.argsort(-labels, kind="stable")
+            best, worst = (min_dcf(scores[way], labels[way], *costs, **together) for way in order)
+            assert best - tolerance <= want <= worst + tolerance
+        else:
+            assert min_dcf(scores, labels, *costs, **together) == pytest.approx(want, abs=tolerance)
 
 
 def test_error_rates_follow_the_definition():
@@ -86,15 +104,21 @@ def test_weights_are_repeated_trials(method):
     sorted_trials = metrics._Trials(scores, labels == 1)
     for seed in range(20):
         weights = np.random.default_rng(seed).integers(4, size=len(scores))
-        got, _ = metrics._METHODS[method](*sorted_trials.errors(weights.astype(float)))
+        got, _ = metrics._METHODS[method](*sorted_trials.errors(weights[sorted_trials.order].astype(float)))
         want = eer(np.repeat(scores, weights), np.repeat(labels, weights), method=method).value
         assert got == pytest.approx(want, abs=1e-12)
+
+
+def drawn_weights(enrol, test, num_resamples, seed):
+    speakers = metrics._speakers(enrol, test, len(enrol))
+    for drawn in metrics._draws(speakers.total, num_resamples, seed):
+        yield drawn[speakers.first] * drawn[speakers.second]
 
 
 def test_weight_is_the_product_of_the_counts():
     enrol, test = ["a", "a", "b", "c", "b"], ["a", "b", "c", "c", "b"]
     seen = set()
-    for weights in metrics._resamples(enrol, test, 5, 200, seed=3):
+    for weights in drawn_weights(enrol, test, 200, seed=3):
         a, c, b = weights[0], weights[3], weights[4]  # same-speaker trials: the count itself
         assert a + b + c == 3
         assert list(weights) == [a, a * b, b * c, c, b]
@@ -116,6 +140,61 @@ def test_interval_over_speakers():
     for result in (few, many):
         assert 0 < result.low < result.value < result.high < 1
     assert few.high - few.low > 1.5 * (many.high - many.low)
+
+
+def test_ends_are_quantiles_around_the_rank_of_the_figure():
+    from scipy.stats import norm, t
+
+    values = np.random.default_rng(0).normal(size=20001)
+    for speakers in (16, 200, 10**6):
+        reach = np.sqrt(speakers / (speakers - 1)) * t.ppf(0.975, speakers - 1)
+        for value in (0, 0.3):
+            centre = 2 * norm.ppf(np.mean(values < value))
+            want = np.quantile(values, norm.cdf([centre - reach, centre + reach]))
+            assert metrics._interval(values, value, speakers) == pytest.approx(want, abs=2e-3)
+    assert metrics._interval(np.zeros(9), 0, 3) == (0, 0)  # no spread
+    assert metrics._interval(np.arange(9.0), -1, 3)[0] == pytest.approx(0, abs=1e-3)  # below all resamples
+
+
+def simulated(rng, num_speakers, others):
+    """Trials of speakers with offsets, 10 utterances each: all targets, each utterance against so many others."""
+    speaker, utterance = rng.normal(size=num_speakers) * OFFSET, rng.normal(size=(num_speakers, 10)) * DRIFT
+    first, second = np.triu_indices(10, 1)
+    same = np.repeat(np.arange(num_speakers), len(first))
+    one, other = np.tile(first, num_speakers), np.tile(second, num_speakers)
+    targets = DISTANCE + 2 * speaker[same] + utterance[same, one] + utterance[same, other]
+    enrol = np.repeat(np.arange(num_speakers), 10 * others)
+    test = (enrol + 1 + rng.integers(num_speakers - 1, size=len(enrol))) % num_speakers
+    nontargets = speaker[enrol] + speaker[test]
+    for side in (enrol, test):
+        nontargets += utterance[side, rng.integers(10, size=len(side))]
+    scores = np.concatenate([targets, nontargets])
+    labels = np.arange(len(scores)) < len(targets)
+    sides = {"enrol_speakers": np.append(same, enrol), "test_speakers": np.append(same, test)}
+    return scores + rng.normal(size=len(scores)), labels, sides
+
+
+OFFSET, DRIFT, DISTANCE = 0.5, 0.3, 3.0
+# Both kinds of score are normal; where the rates are equal, the threshold is as many deviations from either mean.
+TRUTH = NormalDist().cdf(-DISTANCE / sum(np.sqrt(k * OFFSET**2 + 2 * DRIFT**2 + 1) for k in (4, 2)))
+
+
+def coverage(num_speakers, others, runs=500):
+    rng = np.random.default_rng(0)
+    covered = 0
+    for run in range(runs):
+        scores, labels, sides = simulated(rng, num_speakers, others)
+        rate = eer(scores, labels, **sides, num_resamples=200, seed=run)
+        covered += rate.low <= TRUTH <= rate.high
+    return covered / runs
+
+
+@pytest.mark.full
+def test_intervals_cover_the_truth(capsys):
+    found = coverage(200, 10)
+    with capsys.disabled():
+        print(f"\ncoverage of 95 % intervals: 200 speakers {found:.1%}, 16 speakers {coverage(16, 10):.1%}")
+    assert 0.93 <= found <= 0.97
 
 
 def test_interval_is_repeatable_and_optional():
@@ -186,38 +265,152 @@ def _speakers(n=300):
     return {"enrol_speakers": rng.integers(8, size=n), "test_speakers": rng.integers(8, size=n)}
 
 
-def test_difference_is_that_of_both_rates_on_the_same_resamples():
+ALL = ("eer", "eer:clova", "min_dcf:0.01", "min_dcf:0.05:10:1", "act_dcf:0.3", "cllr", "min_cllr")
+
+
+def of_repeated(scores, labels, metric):
+    return estimates(scores, labels, [metric])[metric].value
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_difference_is_that_of_both_figures_on_the_same_resamples(metric):
     first, labels = trials(1)
     second = first + np.random.default_rng(2).normal(size=300)
     speakers = _speakers()
-    found = eer_difference(first, second, labels, **speakers, num_resamples=50, seed=3)
-    assert found.value == eer(second, labels).value - eer(first, labels).value > 0
-    differences = []
-    for weights in metrics._resamples(*speakers.values(), 300, 50, 3):
+    found = differences(first, second, labels, [metric], **speakers, num_resamples=50, seed=3)[metric]
+    assert found.value == of_repeated(second, labels, metric) - of_repeated(first, labels, metric)
+    values = []
+    for weights in drawn_weights(*speakers.values(), 50, 3):
         counts = weights.astype(int)
         drawn = [np.repeat(values, counts) for values in (first, second, labels)]
-        differences.append(eer(drawn[1], drawn[2]).value - eer(drawn[0], drawn[2]).value)
-    assert found.low == pytest.approx(np.quantile(differences, 0.025))
-    assert found.high == pytest.approx(np.quantile(differences, 0.975))
+        values.append(of_repeated(drawn[1], drawn[2], metric) - of_repeated(drawn[0], drawn[2], metric))
+    want = metrics._interval(np.array(values), found.value, 8)
+    assert (found.low, found.high) == pytest.approx(want)
+    share = min(np.mean(np.array(values) <= 0), np.mean(np.array(values) >= 0))
+    assert found.p_value == pytest.approx(2 * (50 * share + 1) / 51)
 
 
 def test_no_difference_from_itself():
     scores, labels = trials(1)
-    assert eer_difference(scores, 2 * scores, labels, **_speakers()) == (0, 0, 0)
+    found = differences(scores, 2 * scores, labels, ["eer", "min_dcf:0.01", "min_cllr"], **_speakers())
+    assert {tuple(value) for value in found.values()} == {(0, 0, 0, 1)}
+
+
+def test_a_difference_of_a_worse_system_is_significant():
+    scores, labels = trials(1)
+    found = differences(scores, np.random.default_rng(2).normal(size=300), labels, **_speakers())["eer"]
+    assert found.low > 0 and found.p_value == 2 / 1001
 
 
 def test_pairing_makes_the_interval_narrower():
     scores, labels = trials(1, decimals=6)
     second = scores + 0.01 * np.random.default_rng(2).normal(size=300)
-    found, alone = eer_difference(scores, second, labels, **_speakers()), eer(scores, labels, **_speakers())
+    found, alone = differences(scores, second, labels, **_speakers())["eer"], eer(scores, labels, **_speakers())
     assert found.high - found.low < (alone.high - alone.low) / 3
 
 
-def test_difference_refuses_unknown_methods_and_other_trials():
+def test_difference_refuses_unknown_metrics_and_other_trials():
     scores, labels = trials(1)
-    with pytest.raises(InputError, match="method must be one of"):
-        eer_difference(scores, scores, labels, **_speakers(), method="best")
+    with pytest.raises(InputError, match=r"unknown metric 'eerr' \(did you mean 'eer'\?\); known: eer, eer:clova"):
+        differences(scores, scores, labels, ["eerr"], **_speakers())
     with pytest.raises(InputError, match=r"^second_scores and labels must have one shape"):
-        eer_difference(scores, scores[:-1], labels, **_speakers())
+        differences(scores, scores[:-1], labels, **_speakers())
     with pytest.raises(InputError, match=r"^first_scores must be finite, got nan for trial 0"):
-        eer_difference(np.where(np.arange(300) == 0, np.nan, scores), scores, labels, **_speakers())
+        differences(np.where(np.arange(300) == 0, np.nan, scores), scores, labels, **_speakers())
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("eer:best", "method must be one of"),
+        ("min_dcf", "unknown metric 'min_dcf'"),
+        ("min_dcf:0.01:1", "unknown metric"),
+        ("min_dcf:x", "metric 'min_dcf:x': could not convert"),
+        ("act_dcf:1", "metric 'act_dcf:1': p_target must lie between 0 and 1"),
+        ("cllr:1", "unknown metric"),
+    ],
+)
+def test_bad_metrics(metric, message):
+    with pytest.raises(InputError, match=message):
+        estimates([0.1, 0.2], [0, 1], [metric])
+
+
+def test_estimates_are_the_single_figures():
+    scores, labels = trials(4)
+    speakers = _speakers()
+    found = estimates(scores, labels, ALL, **speakers, num_resamples=60, seed=2)
+    rate = eer(scores, labels, **speakers, num_resamples=60, seed=2)
+    assert found["eer"] == (rate.value, rate.low, rate.high)
+    assert found["eer:clova"].value == eer(scores, labels, method="clova").value
+    assert found["min_dcf:0.01"].value == min_dcf(scores, labels)
+    assert found["min_dcf:0.05:10:1"].value == min_dcf(scores, labels, 0.05, 10, 1)
+    assert found["act_dcf:0.3"].value == act_dcf(scores, labels, 0.3)
+    assert found["cllr"].value == cllr(scores, labels) and found["min_cllr"].value == min_cllr(scores, labels)
+    assert all(value.low <= value.value <= value.high for value in found.values())
+    assert estimates(scores, labels)["eer"] == (rate.value, None, None)
+
+
+def test_cost_at_the_threshold_of_bayes():
+    scores, labels = trials(decimals=1)
+    for point in ((0.01, 1, 1), (0.3, 1, 1), (0.5, 1, 1), (0.4, 10, 3), (0.999, 1, 1)):
+        threshold = bayes_threshold(*point)
+        prior, miss, fa = point
+        assert threshold == pytest.approx(np.log(fa * (1 - prior) / (miss * prior)), abs=1e-12)
+        cost = miss * prior * np.mean(scores[labels == 1] <= threshold)
+        cost += fa * (1 - prior) * np.mean(scores[labels == 0] > threshold)
+        want = cost / min(miss * prior, fa * (1 - prior))
+        got = act_dcf(scores, labels, *point)
+        assert got == pytest.approx(want, abs=1e-12) and got >= min_dcf(scores, labels, *point)
+
+
+def test_cllr_follows_the_definition():
+    scores, labels = trials()
+    of_targets = np.mean(np.log2(1 + np.exp(-scores[labels == 1])))
+    of_nontargets = np.mean(np.log2(1 + np.exp(scores[labels == 0])))
+    assert cllr(scores, labels) == pytest.approx((of_targets + of_nontargets) / 2, abs=1e-14)
+    assert cllr(np.zeros(4), [0, 1, 0, 1]) == 1
+    assert cllr([-1e4, 1e4], [0, 1]) == 0
+    assert cllr([1e4, -1e4], [0, 1]) == pytest.approx(1e4 / np.log(2))
+
+
+def test_min_cllr_is_the_least_of_all_increasing_maps():
+    from scipy.optimize import LinearConstraint, minimize
+
+    scores, labels = trials(3, n=40, decimals=0)
+    levels, level = np.unique(scores, return_inverse=True)
+    increasing = LinearConstraint(np.diff(np.eye(len(levels)), axis=0), 0, np.inf)
+    best = minimize(lambda x: cllr(np.clip(x, -30, 30)[level], labels), levels, constraints=increasing, method="SLSQP")
+    found = min_cllr(scores, labels)
+    assert best.fun - 1e-4 < found <= best.fun + 1e-9
+    assert found == min_cllr(np.exp(scores), labels) <= cllr(scores, labels)
+    assert min_cllr([0.1, 0.2, 0.8], [0, 0, 1]) == 0  # certain
+    assert min_cllr([0.9, 0.8, 0.1], [0, 0, 1]) == 1  # tells nothing that an increasing map could use
+
+
+def test_mcnemar_by_hand():
+    labels = [1, 1, 1, 1, 0, 0, 0, 0]
+    right = np.array([1, 1, 1, 1, 0, 0, 0, 0.0])
+    wrong = np.array([0, 0, 0, 1, 1, 0, 0, 0.0])
+    options = {"first_threshold": 0.5, "second_threshold": 0.5}
+    assert mcnemar(right, wrong, labels, **options) == (0, 4, 2 / 2**4)
+    assert mcnemar(wrong, right, labels, **options) == (4, 0, 2 / 2**4)
+    assert mcnemar(right, right, labels, **options) == (0, 0, 1)
+    # At a threshold of 1 nothing is accepted: all four targets are lost.
+    assert mcnemar(right, wrong, labels, first_threshold=1, second_threshold=0.5) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("metric", ["eer", "min_dcf:0.3"])
+def test_ties_in_order_lie_between_the_best_and_the_worst_order(metric):
+    scores, labels = trials()
+    find = {
+        "eer": lambda s, y: eer(s, y, ties="in_order").value,
+        "min_dcf:0.3": lambda s, y: min_dcf(s, y, 0.3, ties="in_order"),
+    }[metric]
+    orders = {"best": np.argsort(labels, kind="stable"), "worst": np.argsort(-labels, kind="stable")}
+    best, worst = (find(scores[order], labels[order]) for order in orders.values())
+    together = of_repeated(scores, labels, metric)
+    assert best < worst and best <= find(scores, labels) <= worst and best <= together <= worst
+    nudge = 1e-9 * np.arange(len(scores))  # tells trials apart as they stand
+    assert find(scores, labels) == pytest.approx(of_repeated(scores + nudge, labels, metric), abs=1e-14)
+    with pytest.raises(InputError, match="ties must be one of together, in_order, got 'none'"):
+        eer(scores, labels, ties="none")

@@ -26,10 +26,12 @@ STABLE_TORCH_LIBRARY(spkfast, m) {
   m.def("log_mel_fbank_backward(Tensor grad, Tensor waveforms, Tensor lengths, Tensor window, Tensor mel, Tensor? cosines, Tensor? seeds, Tensor? masks, int[] integers, float[] floats, ScalarType dtype, bool validate) -> Tensor");
   m.def("margin_softmax_loss(Tensor x, Tensor weight, Tensor? bias, Tensor target, int[] integers, float[] floats) -> (Tensor sums, Tensor total, Tensor chosen, Tensor best, Tensor own, Tensor rows)");
   m.def("margin_softmax_loss_backward(Tensor grad_sums, Tensor grad_total, Tensor grad_chosen, Tensor x, Tensor weight, Tensor? bias, Tensor target, int[] integers, float[] floats, Tensor sums, Tensor total, Tensor chosen, Tensor best, Tensor own, Tensor rows) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def("paired_dot(Tensor a, Tensor b, Tensor first, Tensor second) -> Tensor");
   m.def("product_pack(Tensor weight, int[] parts, int precision) -> Tensor");
   m.def("reverberate(Tensor waveforms, Tensor responses, Tensor begins, Tensor sizes, Tensor gains, int longest) -> Tensor");
   m.def("reverberate_(Tensor(a!) waveforms, Tensor responses, Tensor begins, Tensor sizes, Tensor gains, int longest) -> ()");
   m.def("se_res2net_block(Tensor x, Tensor[] params, Tensor? padded, Tensor? excited, int[] integers, float[] floats) -> Tensor");
   m.def("tdnn_layer(Tensor[] x, Tensor weight, Tensor vectors, Tensor? offset, Tensor? lengths, int[] integers, float[] floats) -> Tensor");
+  m.def("top_moments(Tensor scores, int n) -> (Tensor mean, Tensor std)");
 }
 // clang-format on

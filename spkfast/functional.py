@@ -7,9 +7,11 @@ from spkfast.ops import (
     change_speed,
     log_mel_fbank,
     margin_softmax_loss,
+    paired_dot,
     reverberate,
     se_res2net_block,
     tdnn_layer,
+    top_moments,
     weighted_moments,
     weighted_moments_from_hidden,
 )
@@ -21,9 +23,11 @@ __all__ = [
     "change_speed",
     "log_mel_fbank",
     "margin_softmax_loss",
+    "paired_dot",
     "reverberate",
     "se_res2net_block",
     "tdnn_layer",
+    "top_moments",
     "weighted_moments",
     "weighted_moments_from_hidden",
 ]

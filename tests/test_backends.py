@@ -94,6 +94,10 @@ OPS = {
         (2, 4),
         lambda x, backend: functional.margin_softmax_loss(x, noise(5, 4), torch.tensor([1, 3]), backend=backend),
     ),
+    "paired_dot": (
+        (3, 5),
+        lambda x, backend: functional.paired_dot(x, 2 * x, *torch.tensor([[0, 2], [1, 2]]), backend=backend),
+    ),
     "reverberate": (
         (2, 9),
         lambda x, backend: functional.reverberate(x, noise(5), *torch.tensor([[0, 2], [5, 3]]), backend=backend),
@@ -102,6 +106,7 @@ OPS = {
         (2, 4, 9),
         lambda x, backend: functional.se_res2net_block(x, BLOCK, backend=backend),
     ),
+    "top_moments": ((2, 9), lambda x, backend: functional.top_moments(x, 4, backend=backend).std),
     "tdnn_layer": ((2, 4, 9), lambda x, backend: functional.tdnn_layer(x, tdnn(3, 4), backend=backend)),
 }
 

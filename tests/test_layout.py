@@ -17,6 +17,7 @@ OPS = sorted(path.stem for path in (ROOT / "spkfast" / "ops").glob("[!_]*.py"))
 TRITON_ALONE = {"margin_softmax_loss"}
 # Without a form for GPUs, where the definition runs, and measured together.
 CPU_ALONE = {"add_noise", "change_speed", "reverberate"}
+SCORING = {"paired_dot", "top_moments"}  # likewise
 
 
 def _imported(path: Path) -> Iterator[str]:
@@ -91,9 +92,11 @@ def test_op_has_the_same_name_everywhere(op):
     ]
     if op in CPU_ALONE:
         files += ["benchmarks/data/bench_augmentation.py"]
+    elif op in SCORING:
+        files += ["benchmarks/evaluation/bench_scoring.py"]
     else:
         files += [f"kernels/triton/{op}.py", f"benchmarks/ops/bench_{op.removesuffix('_loss')}.py"]
-    if op not in TRITON_ALONE | CPU_ALONE:
+    if op not in TRITON_ALONE | CPU_ALONE | SCORING:
         files += [f"csrc/cuda/{op}.cpp", f"kernels/cuda/{op}.cuh", f"kernels/cuda/{op}.cu"]
     assert [name for name in files if not (ROOT / name).is_file()] == []
     assert f'"{op}(' in (ROOT / "csrc" / "library.cpp").read_text()

@@ -18,17 +18,22 @@ from spkfast.evaluation.metrics import (
     min_cllr,
     min_dcf,
 )
-from spkfast.evaluation.scoring import TrialResult, cosine_scores, evaluate_trials
+from spkfast.evaluation.normalization import CohortStatistics, as_norm, cohort_statistics, s_norm, t_norm, z_norm
+from spkfast.evaluation.scoring import TrialResult, cosine_matrix, cosine_scores, evaluate_trials
 
 __all__ = [
+    "CohortStatistics",
     "Difference",
     "Eer",
     "Estimate",
     "McNemar",
     "TrialResult",
     "act_dcf",
+    "as_norm",
     "bayes_threshold",
     "cllr",
+    "cohort_statistics",
+    "cosine_matrix",
     "cosine_scores",
     "det_plot",
     "differences",
@@ -39,6 +44,9 @@ __all__ = [
     "mcnemar",
     "min_cllr",
     "min_dcf",
+    "s_norm",
+    "t_norm",
+    "z_norm",
 ]
 
 

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from spkfast import functional
 from spkfast.data.lists import Trial, speaker_of, trial_paths
 from spkfast.errors import InputError
 from spkfast.evaluation.metrics import Eer, eer, min_dcf
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
-_TRIALS_AT_ONCE = 65536
+_TRIALS_AT_ONCE = 1 << 18
 
 
 @torch.inference_mode()
@@ -32,29 +33,79 @@ def cosine_scores(embeddings: Array, enrol_index: Any, test_index: Any) -> Array
     Raises:
         InputError: If shapes disagree, an index lies outside, or an embedding is zero or not finite.
     """
+    unit = unit_rows(embeddings)
+    scores = paired(unit, unit, *indexes(unit, enrol_index, test_index)).clamp_(-1, 1)
+    return _like(embeddings, scores)
+
+
+@torch.inference_mode()
+def cosine_matrix(enrol: Array, test: Array | None = None) -> Array:
+    """Cosine of every row of one matrix with every row of another.
+
+    Args:
+        enrol: Floating, shape (U, E); need not be normalised.
+        test: Shape (V, E), of the same type; None for ``enrol`` itself.
+
+    Returns:
+        Scores in [-1, 1], shape (U, V); numpy for numpy, torch for torch.
+
+    Raises:
+        InputError: If shapes or types disagree, or an embedding is zero or not finite.
+    """
+    rows = unit_rows(enrol, "enrol")
+    columns = rows if test is None else unit_rows(test, "test")
+    require_same_kind("test", columns, rows)
+    return _like(enrol, (rows @ columns.T).clamp_(-1, 1))
+
+
+def unit_rows(embeddings: Any, name: str = "embeddings") -> torch.Tensor:
+    """Rows of length 1; refuses what is no matrix of embeddings."""
     rows = torch.as_tensor(embeddings)
     if rows.ndim != 2 or not rows.is_floating_point():
-        raise InputError(f"embeddings must be floating with shape (U, E), got {rows.dtype} {tuple(rows.shape)}")
+        raise InputError(f"{name} must be floating with shape (U, E), got {rows.dtype} {tuple(rows.shape)}")
+    norms = rows.norm(dim=1, keepdim=True)
+    wrong = ~(torch.isfinite(norms) & (norms > 0)).flatten()
+    if wrong.any():
+        raise InputError(f"{name} must be finite and not zero, row {int(wrong.nonzero()[0])} is not")
+    return rows / norms
+
+
+def indexes(rows: torch.Tensor, enrol_index: Any, test_index: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sides of trials as int64 on the device of the embeddings; refuses what names no row of them."""
     sides = [torch.as_tensor(index, device=rows.device) for index in (enrol_index, test_index)]
     for name, side in zip(("enrol_index", "test_index"), sides, strict=True):
         if side.ndim != 1 or len(side) != len(sides[0]):
             raise InputError(f"{name} must have shape (trials,), got {tuple(side.shape)}")
         if side.is_floating_point() or side.dtype == torch.bool:
             raise InputError(f"{name} must hold integers, got {side.dtype}")
-        if len(side) and not (int(side.min()) >= 0 and int(side.max()) < len(rows)):
-            raise InputError(f"{name} must lie in [0, {len(rows)}), got {int(side.min())} to {int(side.max())}")
-    norms = rows.norm(dim=1, keepdim=True)
-    wrong = ~(torch.isfinite(norms) & (norms > 0)).flatten()
-    if wrong.any():
-        raise InputError(f"embeddings must be finite and not zero, row {int(wrong.nonzero()[0])} is not")
-    unit = rows / norms
-    scores = rows.new_empty(len(sides[0]))
+        if len(side):
+            low, high = (int(end) for end in side.aminmax())
+            if low < 0 or high >= len(rows):
+                raise InputError(f"{name} must lie in [0, {len(rows)}), got {low} to {high}")
+    return sides[0].long(), sides[1].long()
+
+
+def paired(a: torch.Tensor, b: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Dot products of pairs of rows in bounded memory; see :func:`spkfast.functional.paired_dot`."""
+    scores = a.new_empty(len(first))
     # Gathering two rows for each trial at once would take gigabytes for the large public lists.
     for start in range(0, len(scores), _TRIALS_AT_ONCE):
         part = slice(start, start + _TRIALS_AT_ONCE)
-        scores[part] = (unit[sides[0][part].long()] * unit[sides[1][part].long()]).sum(dim=1)
-    scores = scores.clamp(-1, 1)
-    return scores.numpy() if isinstance(embeddings, np.ndarray) else scores
+        scores[part] = functional.paired_dot(a, b, first[part], second[part])
+    return scores
+
+
+def require_same_kind(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    """Refuses embeddings of another type, device or dimension."""
+    if (value.dtype, value.device, value.shape[1]) != (like.dtype, like.device, like.shape[1]):
+        raise InputError(
+            f"{name} must be {like.dtype} of dimension {like.shape[1]} on {like.device}, as the others are, got "
+            f"{value.dtype} of dimension {value.shape[1]} on {value.device}"
+        )
+
+
+def _like(given: Array, found: torch.Tensor) -> Array:
+    return found.numpy() if isinstance(given, np.ndarray) else found
 
 
 class TrialResult(NamedTuple):

@@ -19,14 +19,17 @@ from spkfast.evaluation.metrics import (
     min_dcf,
 )
 from spkfast.evaluation.normalization import CohortStatistics, as_norm, cohort_statistics, s_norm, t_norm, z_norm
+from spkfast.evaluation.plda import Enrolment, Plda
 from spkfast.evaluation.scoring import TrialResult, cosine_matrix, cosine_scores, evaluate_trials
 
 __all__ = [
     "CohortStatistics",
     "Difference",
     "Eer",
+    "Enrolment",
     "Estimate",
     "McNemar",
+    "Plda",
     "TrialResult",
     "act_dcf",
     "as_norm",

@@ -1,11 +1,12 @@
-"""The command ``embed``: embeddings of files, folders and lists, into one npz file."""
+"""The command ``embed``: embeddings of files, folders and lists, into one file."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from spkfast.cli.common import (
     MODEL_HELP,
@@ -18,6 +19,14 @@ from spkfast.cli.common import (
     load_encoder,
     print_result,
     progress,
+)
+from spkfast.data.embeddings import (
+    StoredEmbeddings,
+    embedding_files,
+    keeps_origin,
+    key_obstacle,
+    read_embeddings,
+    write_embeddings,
 )
 from spkfast.errors import InputError
 
@@ -40,8 +49,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--out",
         required=True,
-        metavar="X.npz",
-        help="arrays 'keys' and 'embeddings'; keys already in it are not redone",
+        metavar="X",
+        help="X.safetensors, .npz or .parquet, in which keys that are there are not redone; or new X.npy, .ark, .scp, "
+        "or folder X with one npy file per utterance",
+    )
+    parser.add_argument(
+        "--speaker-means", metavar="X", help="the mean embedding of each speaker, into another file of these kinds"
+    )
+    parser.add_argument(
+        "--speakers", metavar="FILE", help="lines 'utterance speaker' for the means [first folder of each key]"
     )
     parser.add_argument("--strict", action="store_true", help="end at the first file that cannot be used")
     add_precision(parser)
@@ -49,18 +65,37 @@ def main(argv: list[str]) -> None:
     add_backend(parser)
     add_json(parser)
     args = parser.parse_args(argv)
+    if args.speakers and not args.speaker_means:
+        parser.error("--speakers goes with --speaker-means")
     out = Path(args.out)
-    if out.suffix != ".npz":
-        raise InputError(f"--out must end with .npz, got {args.out}")
+    # No run can go on with a file that tells neither model nor audio: the work is kept in one that does.
+    work = out if keeps_origin(out) else out.with_name(f"{out.name}.partial.safetensors")
+    embedding_files(work)
+    if work != out:
+        _refuse_existing(out, "and its format does not tell which model and audio it came from")
+    if args.speaker_means:
+        means = Path(args.speaker_means)
+        if set(embedding_files(means)) & {*embedding_files(out), work}:
+            parser.error("--speaker-means and --out must be different files")
+        _refuse_existing(means, "and the means would replace it")
     files = collect(args.inputs)
+    bad = BadFiles(args.strict or len(files) == 1)
+    total = len(files)
+    sources = {key: str(path.resolve()) for key, path in files.items()}
+    for key, path in list(files.items()):
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        if reason := key_obstacle(work, key) or key_obstacle(work, sources[key]):
+            bad.skip(InputError(f"{shown}: its name {reason}"))
+            del files[key], sources[key]
+        elif reason := key_obstacle(out, key):
+            raise InputError(f"{shown}: its name {reason}; name another --out, such as X.safetensors")
 
     encoder = load_encoder(args.model, args.precision)
-    model = encoder.fingerprint
-    sources = {key: str(path.resolve()) for key, path in files.items()}
-    known, known_sources = _load_own(out, model, sources) if out.exists() else ({}, {})
+    model, frontend = encoder.fingerprint, encoder.frontend.hash
+    known, known_sources = _earlier(work, model, sources) if work.exists() else ({}, {})
+    speakers = _speakers(args.speakers, {**files, **known}) if args.speaker_means else {}
     sources = {**known_sources, **sources}
     waiting = {key: path for key, path in files.items() if key not in known}
-    bad = BadFiles(args.strict or len(files) == 1)
     started = saved = time.monotonic()
     embeddings = encoder.embed_files(waiting.values(), backend=args.backend, batch_seconds=args.batch_seconds)
     found = dict(known)
@@ -71,68 +106,28 @@ def main(argv: list[str]) -> None:
                 continue
             found[key] = embedding.numpy()
             if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-                _save(out, found, sources, model)
+                _save(work, found, sources, model, frontend)
                 saved = time.monotonic()
     finally:
         if len(found) > len(known):
-            _save(out, found, sources, model)
-    bad.close(len(files))
+            _save(work, found, sources, model, frontend)
+    bad.close(total)
     result = {
         "out": str(out),
         "embedded": len(found) - len(known),
         "already_there": len(files) - len(waiting),
         "skipped": bad.count,
         "embedding_dim": encoder.model.embedding_dim,
-        "seconds": time.monotonic() - started,
     }
-    print_result(result, args.json)
+    if args.speaker_means:
+        result["speakers"] = _save_means(means, read_embeddings(work), speakers)
+    if work != out:
+        write_embeddings(out, read_embeddings(work))
+        work.unlink()
+    print_result({**result, "seconds": time.monotonic() - started}, args.json)
 
 
-class Stored(NamedTuple):
-    """What an npz file of embeddings holds; ``model`` and ``sources`` are None where another program wrote it.
-
-    Attributes:
-        keys: Name of each embedding, length U.
-        embeddings: Shape (U, E).
-        model: Fingerprint of the model.
-        sources: Audio file of each embedding, length U.
-    """
-
-    keys: list[str]
-    embeddings: Any
-    model: str | None
-    sources: list[str] | None
-
-
-def read_embeddings(path: str | os.PathLike[str]) -> Stored:
-    """Contents of an npz file of embeddings.
-
-    Raises:
-        InputError: If the file is missing, damaged or holds something else.
-    """
-    import zipfile
-
-    import numpy as np
-
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with np.load(path) as arrays:
-            keys, embeddings = arrays["keys"], arrays["embeddings"]
-            model = str(arrays["model"]) if "model" in arrays else None
-            sources = [str(source) for source in arrays["sources"]] if "sources" in arrays else None
-    except KeyError as error:
-        raise InputError(f"{path}: holds no arrays 'keys' and 'embeddings'") from error
-    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not an npz file, or a damaged one") from error
-    if keys.ndim != 1 or embeddings.ndim != 2 or len(keys) != len(embeddings):
-        raise InputError(
-            f"{path}: keys have shape {keys.shape}, embeddings {embeddings.shape}; expected (U,) and (U, E)"
-        )
-    return Stored([str(key) for key in keys], embeddings, model, sources)
-
-
-def _load_own(path: Path, model: str, sources: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+def _earlier(path: Path, model: str, sources: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Embeddings and audio files by key, of a file that this model wrote from the same audio."""
     stored = read_embeddings(path)
     if stored.model != model or stored.sources is None:
@@ -144,23 +139,39 @@ def _load_own(path: Path, model: str, sources: dict[str, str]) -> tuple[dict[str
     return dict(zip(stored.keys, stored.embeddings, strict=True)), known_sources
 
 
-def _save(path: Path, found: dict[str, Any], sources: dict[str, str], model: str) -> None:
+def _save(path: Path, found: dict[str, Any], sources: dict[str, str], model: str, frontend: str) -> None:
     import numpy as np
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(fresh, "wb") as file:
-            np.savez(
-                file,
-                keys=np.array(list(found)),
-                embeddings=np.stack(list(found.values())),
-                sources=np.array([sources[key] for key in found]),
-                model=np.array(model),
-            )
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    rows = np.stack(list(found.values()))
+    write_embeddings(path, StoredEmbeddings(list(found), rows, model, frontend, [sources[key] for key in found]))
+
+
+def _refuse_existing(path: Path, reason: str) -> None:
+    for file in embedding_files(path):
+        if file.exists():
+            raise InputError(f"{file}: is there already, {reason}; name another file or remove it")
+
+
+def _speakers(file: str | None, keys: Iterable[str]) -> dict[str, str]:
+    """Speaker of each key: what the file says, else the first component of a path."""
+    from spkfast.data.lists import speaker_of
+    from spkfast.data.manifests import read_speakers
+
+    told = read_speakers(file) if file is not None else {}
+    found = {}
+    for key in keys:
+        if key not in told and (key.startswith("/") or "/" not in key):
+            raise InputError(f"{key}: does not begin with the folder of its speaker; --speakers FILE tells it")
+        found[key] = told.get(key) or speaker_of(key)
+    return found
+
+
+def _save_means(path: Path, stored: StoredEmbeddings, speakers: dict[str, str]) -> int:
+    from spkfast.evaluation.enrolment import enrol
+
+    names, means = enrol(stored.embeddings, [speakers[key] for key in stored.keys], normalize=False)
+    write_embeddings(path, StoredEmbeddings(names, means, stored.model, stored.frontend))
+    return len(names)
 
 
 def collect(inputs: list[str]) -> dict[str, Path]:

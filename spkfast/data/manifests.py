@@ -90,7 +90,7 @@ def read_corpus(
     form = _form_of_folder(name) if os.path.isdir(name) else _form_of_file(name)
     if root is not None and form in (_read_shards, _scan):
         raise InputError(f"root: {name} is no manifest, its audio is found without a root; leave root away")
-    given = _read_speakers(speakers) if speakers is not None else None
+    given = read_speakers(speakers) if speakers is not None else None
     base = os.path.join(root if root is not None else name if os.path.isdir(name) else os.path.dirname(name), "")
     # Built once: the rows of an index need nothing more.
     if form is _read_shards and given is None:
@@ -240,7 +240,12 @@ def _read_list(name: str, base: str, warn: Warn, alone: bool) -> tuple[str, _Row
     return file, rows()
 
 
-def _read_speakers(file: str | os.PathLike[str]) -> dict[str, str]:
+def read_speakers(file: str | os.PathLike[str]) -> dict[str, str]:
+    """Speaker of each utterance, from lines ``utterance speaker``.
+
+    Raises:
+        InputError: If the file is missing, a line has other columns, or an utterance has two speakers.
+    """
     file = os.fspath(file)
     if not os.path.isfile(file):
         raise InputError(f"{file}: no such file of speakers")

@@ -2,6 +2,16 @@
 
 from typing import Any
 
+from spkfast.evaluation.calibration import (
+    FarThreshold,
+    LogisticCalibration,
+    Qmf,
+    espnet_quality,
+    threshold_at_far,
+    wespeaker_quality,
+)
+from spkfast.evaluation.enrolment import enrol, read_spk2utt
+from spkfast.evaluation.index import Matches, SpeakerIndex
 from spkfast.evaluation.metrics import (
     Difference,
     Eer,
@@ -28,8 +38,13 @@ __all__ = [
     "Eer",
     "Enrolment",
     "Estimate",
+    "FarThreshold",
+    "LogisticCalibration",
+    "Matches",
     "McNemar",
     "Plda",
+    "Qmf",
+    "SpeakerIndex",
     "TrialResult",
     "act_dcf",
     "as_norm",
@@ -41,14 +56,19 @@ __all__ = [
     "det_plot",
     "differences",
     "eer",
+    "enrol",
     "error_rates",
+    "espnet_quality",
     "estimates",
     "evaluate_trials",
     "mcnemar",
     "min_cllr",
     "min_dcf",
+    "read_spk2utt",
     "s_norm",
     "t_norm",
+    "threshold_at_far",
+    "wespeaker_quality",
     "z_norm",
 ]
 

@@ -6,7 +6,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +144,7 @@ def _train(config: TrainConfig) -> tuple[SpeakerEncoder, SpeakerEncoder, list[st
 
 
 def _evaluate(
-    trained: SpeakerEncoder, untrained: SpeakerEncoder, trials: list[Trial], paths: list[str], root: Path
+    trained: SpeakerEncoder, untrained: SpeakerEncoder, trials: Sequence[Trial], paths: list[str], root: Path
 ) -> tuple[list[dict[str, Any]], dict[str, TrialResult]]:
     """A row of figures for each system, and its scores."""
     import numpy as np

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,7 @@ def write_lists(folder: str | os.PathLike[str], train: list[Utterance], trials: 
     return train_list, trial_list
 
 
-def check_disjoint(train: list[Utterance], trials: list[Trial]) -> None:
+def check_disjoint(train: list[Utterance], trials: Sequence[Trial]) -> None:
     """Refuse trials of speakers that are trained on.
 
     Raises:

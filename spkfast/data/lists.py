@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
 
 from spkfast.errors import InputError
+
+_LINES_AT_ONCE = 1 << 10  # few lists at a time: the collector of garbage goes over them again and again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +34,84 @@ class Trial:
     test: str
 
 
+class TrialList(Sequence[Trial]):
+    """Trials in columns, so that millions of them take megabytes; a sequence of :class:`Trial` for who reads few.
+
+    Attributes:
+        names: Every path once, in order of appearance.
+        enrol: Place of the first side of each trial among the names, int64, shape (trials,).
+        test: Place of the second side.
+        labels: Whether both sides are the same speaker, bool, shape (trials,); None for a list without labels.
+        source: The file, for messages.
+        lines: Line of each trial in it, shape (trials,).
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        enrol: np.ndarray,
+        test: np.ndarray,
+        labels: np.ndarray | None,
+        *,
+        source: str = "the trials",
+        lines: np.ndarray | None = None,
+    ) -> None:
+        self.names, self.enrol, self.test, self.labels = names, enrol, test, labels
+        self.source = source
+        self.lines = np.arange(1, len(enrol) + 1) if lines is None else lines
+
+    @classmethod
+    def of(cls, trials: Iterable[Trial]) -> TrialList:
+        """The same trials in columns."""
+        if isinstance(trials, cls):
+            return trials
+        rows = list(trials)
+        names: dict[str, int] = {}
+        sides = _places(((trial.enrol, trial.test) for trial in rows), names)
+        return cls(list(names), *sides, np.array([trial.target for trial in rows], dtype=bool))
+
+    def __len__(self) -> int:
+        return len(self.enrol)
+
+    @overload
+    def __getitem__(self, at: int) -> Trial: ...
+    @overload
+    def __getitem__(self, at: slice) -> TrialList: ...
+    def __getitem__(self, at: int | slice) -> Trial | TrialList:
+        if isinstance(at, slice):
+            labels = None if self.labels is None else self.labels[at]
+            parts = self.names, self.enrol[at], self.test[at], labels
+            return TrialList(*parts, source=self.source, lines=self.lines[at])
+        if self.labels is None:
+            raise InputError(f"{self.source}: the trials have no labels")
+        return Trial(bool(self.labels[at]), self.names[self.enrol[at]], self.names[self.test[at]])
+
+    def where(self, at: int) -> str:
+        """File and line of a trial."""
+        return f"{self.source}:{self.lines[at]}"
+
+    def rows(self, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a matrix whose rows have these keys, for both sides of each trial.
+
+        Raises:
+            InputError: If a path of the trials is no key; its line is named.
+        """
+        row = {key: k for k, key in enumerate(keys)}
+        of_name = np.fromiter((row.get(name, -1) for name in self.names), np.int64, len(self.names))
+        missing = np.flatnonzero((of_name[self.enrol] < 0) | (of_name[self.test] < 0))
+        if len(missing):
+            at = int(missing[0])
+            side = self.enrol[at] if of_name[self.enrol[at]] < 0 else self.test[at]
+            raise InputError(f"{self.names[side]}: {self.where(at)} names this path, but it has no embedding")
+        return of_name[self.enrol], of_name[self.test]
+
+    def speakers(self, speaker_of: Callable[[str], str]) -> tuple[np.ndarray, np.ndarray]:
+        """Speakers of both sides of each trial, as numbers."""
+        numbers: dict[str, int] = {}
+        of_name = np.array([numbers.setdefault(speaker_of(name), len(numbers)) for name in self.names])
+        return of_name[self.enrol], of_name[self.test]
+
+
 def read_train_list(path: str | os.PathLike[str]) -> list[Utterance]:
     """Lines ``speaker path``.
 
@@ -36,22 +121,128 @@ def read_train_list(path: str | os.PathLike[str]) -> list[Utterance]:
     return [Utterance(*columns) for _, columns in _rows(path, 2, "speaker path")]
 
 
-def read_trials(path: str | os.PathLike[str]) -> list[Trial]:
-    """Lines ``label enrol test`` with label 1 for the same speaker and 0 for different ones.
+def read_trials(path: str | os.PathLike[str], *, labelled: bool | None = True, duplicates: bool = False) -> TrialList:
+    """Trials, one a line: ``label enrol test`` as VoxCeleb's, or ``enrol test label`` as Kaldi's and wespeaker's.
+
+    The first has labels 1 for the same speaker and 0 for different ones, the second ``target`` and ``nontarget``. The
+    first line tells which it is.
+
+    Args:
+        path: The file.
+        labelled: Whether there must be labels; False for lines ``enrol test``, None for any.
+        duplicates: Whether a trial may be there twice; never with two labels.
 
     Raises:
-        InputError: If the file is missing or empty, or a line has other columns or another label.
+        InputError: If the file is missing or empty, a line has other columns or another label, or a trial is there
+            twice (file and line number are named).
     """
-    trials = []
-    for number, (label, enrol, test) in _rows(path, 3, "label enrol test"):
-        if label not in ("0", "1"):
-            raise InputError(f"{path}:{number}: the label must be 0 or 1, got {label!r}")
-        trials.append(Trial(label == "1", enrol, test))
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such list file")
+    names: dict[str, int] = {}
+    parts: list[tuple[np.ndarray, ...]] = []
+    form: _Form | None = None
+    read = 0
+    try:
+        with file.open(encoding="utf-8-sig") as text:
+            while lines := list(itertools.islice(text, _LINES_AT_ONCE)):
+                rows = [line.split() for line in lines]
+                numbers = np.arange(read + 1, read + 1 + len(rows))
+                read += len(rows)
+                if not all(rows):
+                    kept = [k for k, row in enumerate(rows) if row]
+                    rows, numbers = [rows[k] for k in kept], numbers[kept]
+                if rows:
+                    form = form or _form(file, int(numbers[0]), rows[0], labelled)
+                    parts.append((numbers, *_columns(file, numbers, rows, form, names)))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not a text file") from error
+    if form is None:
+        raise InputError(f"{file}: the list is empty")
+    numbers, enrol, test, *labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    trials = TrialList(list(names), enrol, test, labels[0] if labels else None, source=str(file), lines=numbers)
+    _check_repeated(trials, duplicates)
     return trials
+
+
+class _Form(NamedTuple):
+    """Where the columns of a trial list are."""
+
+    shown: str
+    enrol: int
+    label: int | None
+    labels: dict[str, bool]
+
+
+_FORMS = {
+    "vox": _Form("label enrol test", 1, 0, {"1": True, "0": False}),
+    "kaldi": _Form("enrol test label", 0, 2, {"target": True, "nontarget": False}),
+    "none": _Form("enrol test", 0, None, {}),
+}
+
+
+def _form(file: Path, number: int, row: list[str], labelled: bool | None) -> _Form:
+    if len(row) == 2 and labelled is not True:
+        return _FORMS["none"]
+    if len(row) != 3 or labelled is False:
+        wanted = "label enrol test" if labelled is not False else "enrol test"
+        raise InputError(f"{file}:{number}: expected {len(wanted.split())} columns '{wanted}', got {len(row)}")
+    if row[2] in _FORMS["kaldi"].labels and row[0] not in _FORMS["vox"].labels:
+        return _FORMS["kaldi"]
+    return _FORMS["vox"]
+
+
+def _columns(
+    file: Path, numbers: np.ndarray, rows: list[list[str]], form: _Form, names: dict[str, int]
+) -> list[np.ndarray]:
+    """Places of both sides, and labels where there are any."""
+    count = len(form.shown.split())
+    if {*map(len, rows)} != {count}:
+        at = next(k for k, row in enumerate(rows) if len(row) != count)
+        raise InputError(f"{file}:{numbers[at]}: expected {count} columns '{form.shown}', got {len(rows[at])}")
+    columns = list(zip(*rows, strict=True))
+    sides = list(_places(zip(columns[form.enrol], columns[form.enrol + 1], strict=True), names))
+    if form.label is None:
+        return sides
+    try:
+        labels = np.fromiter(map(form.labels.__getitem__, columns[form.label]), bool, len(rows))
+    except KeyError as error:
+        at = columns[form.label].index(error.args[0])
+        known = " or ".join(sorted(form.labels))
+        raise InputError(f"{file}:{numbers[at]}: the label must be {known}, got {error.args[0]!r}") from None
+    return [*sides, labels]
+
+
+def _places(pairs: Iterable[tuple[str, str]], names: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Places of both names of each pair among the names, to which new ones are added."""
+    known = collections.defaultdict(itertools.count(len(names)).__next__, names)
+    places = np.fromiter(map(known.__getitem__, itertools.chain.from_iterable(pairs)), np.int64)
+    names.update(known)
+    return places[::2], places[1::2]
+
+
+def _check_repeated(trials: TrialList, duplicates: bool) -> None:
+    """Refuses a trial that is there twice, or with both labels."""
+    pairs = trials.enrol * len(trials.names) + trials.test
+    order = np.argsort(pairs, kind="stable")
+    again = np.flatnonzero(pairs[order][1:] == pairs[order][:-1])
+    contrary = np.zeros(len(again), dtype=bool)
+    if trials.labels is not None:
+        contrary = trials.labels[order[again]] != trials.labels[order[again + 1]]
+    wrong = again[contrary] if duplicates else again
+    if len(wrong):
+        first = wrong[np.argmin(order[wrong + 1])]
+        at, before = int(order[first + 1]), int(order[first])
+        other = ", with the other label" if contrary[again == first].any() else ""
+        raise InputError(f"{trials.where(at)}: the trial of line {trials.lines[before]} again{other}")
 
 
 def trial_paths(trials: Iterable[Trial]) -> list[str]:
     """Every path of a trial list once, in order of appearance."""
+    if isinstance(trials, TrialList):
+        used = np.zeros(len(trials.names), dtype=bool)
+        used[trials.enrol] = used[trials.test] = True
+        return [name for name, is_used in zip(trials.names, used, strict=True) if is_used]
     return list(dict.fromkeys(path for trial in trials for path in (trial.enrol, trial.test)))
 
 

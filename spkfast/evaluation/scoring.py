@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spkfast import functional
-from spkfast.data.lists import Trial, speaker_of, trial_paths
+from spkfast.data.lists import Trial, TrialList, speaker_of
 from spkfast.errors import InputError
 from spkfast.evaluation.metrics import Eer, eer, min_dcf
 
@@ -141,16 +141,14 @@ def evaluate_trials(
     Raises:
         InputError: If a path of the trials has no embedding, or the list lacks targets or nontargets.
     """
-    row = {key: i for i, key in enumerate(keys)}
-    for path in trial_paths(trials):
-        if path not in row:
-            raise InputError(f"{path}: the trials name this path, but it has no embedding")
-    enrol, test = [trial.enrol for trial in trials], [trial.test for trial in trials]
-    scores = cosine_scores(embeddings, np.array([row[p] for p in enrol]), np.array([row[p] for p in test]))
-    labels = np.array([int(trial.target) for trial in trials])
-    first, second = ([speaker_of(path) for path in side] for side in (enrol, test))
+    listed = TrialList.of(trials)
+    if listed.labels is None:
+        raise InputError(f"{listed.source}: the trials have no labels")
+    scores = cosine_scores(embeddings, *listed.rows(keys))
+    labels = listed.labels.astype(np.int64)
+    first, second = listed.speakers(speaker_of)
     # Paths laid out otherwise do not tell the speaker; an interval over what they do tell would be wrong.
-    told = all((a == b) == trial.target for a, b, trial in zip(first, second, trials, strict=True))
+    told = bool(((first == second) == listed.labels).all())
     sides = (first, second) if told else (None, None)
     rate = eer(scores, labels, enrol_speakers=sides[0], test_speakers=sides[1], method=method)
-    return TrialResult(rate, min_dcf(scores, labels), scores, labels, len({*first, *second}) if told else None)
+    return TrialResult(rate, min_dcf(scores, labels), scores, labels, len(np.union1d(first, second)) if told else None)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,8 +103,8 @@ class Validation:
             entries = {key: Entry(speaker_of(key), key, os.path.join(folder, key)) for key in trial_paths(trials)}
             digests.append(self._add(Path(file).stem, file, trials, entries))
         if held is not None:
-            trials, entries = _trials_among(held, seed)
-            digests.append(self._add(HELD_OUT, held.name, trials, entries))
+            drawn, entries = _trials_among(held, seed)
+            digests.append(self._add(HELD_OUT, held.name, drawn, entries))
         self.fingerprint = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
         self.names = list(self._lists)
         self._tell_of_rates()
@@ -167,7 +167,7 @@ class Validation:
         embeddings[np.concatenate([self._order[part::world_size] for part in range(world_size)])] = rows
         return {name: _figures(one, embeddings) for name, one in self._lists.items()}
 
-    def _add(self, name: str, source: str, trials: list[Trial], entries: Mapping[str, Entry]) -> str:
+    def _add(self, name: str, source: str, trials: Sequence[Trial], entries: Mapping[str, Entry]) -> str:
         """Takes a list whose audio the entries tell, by path of the trials; gives a digest of both."""
         if name in self._lists:
             raise InputError(f"validation.trials: {source}: another list is called {name!r} too; rename the file")
@@ -244,7 +244,7 @@ class _Size(NamedTuple):
 class _List(NamedTuple):
     """A trial list: its trials, their paths, where the utterance of each path stands among all, and the speakers."""
 
-    trials: list[Trial]
+    trials: Sequence[Trial]
     keys: list[str]
     rows: np.ndarray
     speakers: set[str]

@@ -6,9 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import spkfast as package
 from spkfast.cli import embed as embed_command
+from spkfast.data.embeddings import keeps_origin, read_embeddings
 from spkfast.training.validation import HELD_OUT
 
 
@@ -156,6 +158,106 @@ def test_embed_resumes(spkfast, model, data, monkeypatch):
     assert (result["embedded"], result["already_there"]) == (0, 9)
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "x.parquet", "x.npy", "x.ark", "x.scp", "x"])
+def test_embed_into_other_formats(spkfast, model, data, monkeypatch, name):
+    needed = {"parquet": "pyarrow", "ark": "kaldiio", "scp": "kaldiio"}.get(name[2:])
+    if needed:
+        pytest.importorskip(needed)
+    assert spkfast("embed", data, "--model", model, "--out", data / "want.npz").status == 0
+    want = read_embeddings(data / "want.npz")
+    encoder, out = package.SpeakerEncoder.load(model), data / name
+    assert (want.model, want.frontend) == (encoder.fingerprint, encoder.frontend.hash)
+
+    with monkeypatch.context() as interrupted:
+        embed_four_and_interrupt(interrupted)
+        assert spkfast("embed", data, "--model", model, "--out", out).status == 130
+    partial = data / f"{name}.partial.safetensors"
+    assert partial.exists() != keeps_origin(out)
+    result = json.loads(spkfast("embed", data, "--model", model, "--out", out, "--json").out)
+    assert (result["embedded"], result["already_there"]) == (5, 4) and not partial.exists()
+    got = read_embeddings(out)
+    assert got.keys == want.keys
+    np.testing.assert_allclose(got.embeddings, want.embeddings, atol=1e-5 * np.abs(want.embeddings).max())
+    outcome = spkfast("embed", data, "--model", model, "--out", out, "--json")
+    if keeps_origin(out):
+        assert (got.model, got.frontend, got.sources) == (want.model, want.frontend, want.sources)
+        assert json.loads(outcome.out)["already_there"] == 9
+    else:
+        assert "is there already, and its format does not tell which model" in outcome.error
+
+
+def embed_four_and_interrupt(monkeypatch):
+    def interrupted(self, paths, **options):
+        for path in list(paths)[:4]:
+            yield self.embed(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(package.SpeakerEncoder, "embed_files", interrupted)
+
+
+def test_embed_goes_on_with_the_partial_file_of_the_same_model_only(spkfast, model, data, monkeypatch):
+    with monkeypatch.context() as interrupted:
+        embed_four_and_interrupt(interrupted)
+        assert spkfast("embed", data, "--model", model, "--out", data / "x.npy").status == 130
+    encoder = package.SpeakerEncoder.load(model)
+    with torch.no_grad():
+        next(encoder.model.parameters()).mul_(2)
+    encoder.save(data.parent / "other")
+    error = spkfast("embed", data, "--model", data.parent / "other", "--out", data / "x.npy").error
+    assert f"{data}/x.npy.partial.safetensors: holds embeddings of another model or precision" in error
+
+
+def test_embed_speaker_means(spkfast, model, data):
+    out, means = data / "x.npz", data / "means.safetensors"
+    result = spkfast("embed", data, "--model", model, "--out", out, "--speaker-means", means, "--json")
+    assert json.loads(result.out)["speakers"] == 3
+    stored, got = read_embeddings(out), read_embeddings(means)
+    assert got.keys == ["s0", "s1", "s2"] and (got.model, got.frontend) == (stored.model, stored.frontend)
+    want = stored.embeddings.reshape(3, 3, -1).astype(float).mean(axis=1)
+    np.testing.assert_allclose(got.embeddings, want, rtol=0, atol=np.abs(want).max() * 2**-24)  # one rounding
+    error = spkfast("embed", data, "--model", model, "--out", out, "--speaker-means", means).error
+    assert f"{means}: is there already, and the means would replace it" in error
+
+    (data / "utt2spk").write_text("".join(f"{key} {'ab'[i % 2]}\n" for i, key in enumerate(stored.keys[:-1])))
+    arguments = ("--speaker-means", data / "two.npz", "--speakers", data / "utt2spk")
+    assert spkfast("embed", data, "--model", model, "--out", out, *arguments).status == 0
+    assert read_embeddings(data / "two.npz").keys == ["a", "b", "s2"]  # the last one is not in the file
+
+
+def test_embed_speaker_means_need_speakers(spkfast, model, data):
+    single = data / "s0/r0/u.wav"
+    shutil.copy(single, data / "u.wav")
+    for arguments, error in (
+        ((single, "--speaker-means", data / "m.npz"), f"{single}: does not begin with the folder of its speaker; "),
+        ((data, "--speaker-means", data / "m.npz"), "u.wav: does not begin with the folder of its speaker; "),
+        ((data, "--speaker-means", data / "x.npz"), "--speaker-means and --out must be different files"),
+        ((data, "--speakers", data / "utt2spk"), "--speakers goes with --speaker-means"),
+        (
+            (data, "--speaker-means", data / "m.npz", "--speakers", data / "no"),
+            f"{data}/no: no such file of speakers",
+        ),
+    ):
+        outcome = spkfast("embed", *arguments, "--model", model, "--out", data / "x.npz")
+        assert outcome.error.startswith(f"spkfast embed: error: {error}")
+    assert not list(data.glob("*.npz"))
+
+
+def test_embed_names_that_a_format_cannot_keep(spkfast, model, data):
+    pytest.importorskip("kaldiio")
+    (data / "s0/r0/u.wav").rename(data / "s0/r0/u u.wav")
+    error = spkfast("embed", data, "--model", model, "--out", data / "x.ark").error
+    assert error == (
+        f"spkfast embed: error: {data}/s0/r0/u u.wav: its name holds white space, which a Kaldi archive cannot keep in "
+        "a key; name another --out, such as X.safetensors"
+    )
+    assert spkfast("embed", data, "--model", model, "--out", data / "x.npz").status == 0
+    bad = data / "s0/r0/\udcff.wav"
+    shutil.copy(data / "s0/r1/u.wav", bad)
+    status, _, err = spkfast("embed", data, "--model", model, "--out", data / "y.npz")
+    assert status == 0 and len(keys_of(data / "y.npz")[0]) == 9
+    assert err.splitlines() == [f"skipped: {data}/s0/r0/\\xff.wav: its name is not UTF-8", "1 of 10 files skipped"]
+
+
 def test_embed_refuses_other_audio_under_known_keys(spkfast, model, data):
     out, copy = data.parent / "x.npz", shutil.copytree(data, data.parent / "copy")
     assert spkfast("embed", data, "--model", model, "--out", out).status == 0
@@ -163,12 +265,7 @@ def test_embed_refuses_other_audio_under_known_keys(spkfast, model, data):
 
 
 def test_embed_keeps_what_it_has_when_interrupted(spkfast, model, data, monkeypatch):
-    def interrupted(self, paths, **options):
-        for path in list(paths)[:4]:
-            yield self.embed(path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(package.SpeakerEncoder, "embed_files", interrupted)
+    embed_four_and_interrupt(monkeypatch)
     assert spkfast("embed", data, "--model", model, "--out", data / "x.npz").status == 130
     assert len(keys_of(data / "x.npz")[0]) == 4
     assert not list(data.glob(".x.npz*"))
@@ -176,9 +273,9 @@ def test_embed_keeps_what_it_has_when_interrupted(spkfast, model, data, monkeypa
 
 def test_embed_saves_now_and_then(spkfast, model, data, monkeypatch):
     saves = []
-    save = embed_command._save
+    write = embed_command.write_embeddings
     monkeypatch.setattr(
-        embed_command, "_save", lambda path, found, *rest: saves.append(len(found)) or save(path, found, *rest)
+        embed_command, "write_embeddings", lambda path, stored: saves.append(len(stored)) or write(path, stored)
     )
     monkeypatch.setattr(embed_command, "_SECONDS_BETWEEN_SAVES", 0.0)
     assert spkfast("embed", data, "--model", model, "--out", data / "x.npz").status == 0
@@ -241,7 +338,7 @@ def test_embed_bad_arguments(spkfast, model, data):
     np.savez(data / "foreign.npz", keys=np.array(["a"]), embeddings=np.ones((1, 24)))
     np.savez(data / "other.npz", numbers=np.ones(3))
     for arguments, error in (
-        ((data, "--out", data / "x.npy"), f"--out must end with .npz, got {data}/x.npy"),
+        ((data, "--out", data / "x.wav"), f"{data}/x.wav: embeddings are kept in files that end with .safetensors, "),
         ((data / "nothing", "--out", data / "x.npz"), f"{data}/nothing: no audio files in this folder"),
         ((data, copy, "--out", data / "x.npz"), f"{copy}/s0/r0/u.wav: has the key of {data}/s0/r0/u.wav; "),
         ((data, "--out", data / "text.npz"), f"{data}/text.npz: not an npz file, or a damaged one"),
@@ -317,7 +414,7 @@ def test_evaluate_bad_input(spkfast, model, data):
     unknown = data / "unknown.txt"
     unknown.write_text(lines + "0 s0/r0/u.wav s9/r0/u.wav\n")
     error = spkfast("evaluate", "--embeddings", data / "x.npz", "--trials", unknown).error
-    assert error == "spkfast evaluate: error: s9/r0/u.wav: the trials name this path, but it has no embedding"
+    assert error == f"spkfast evaluate: error: s9/r0/u.wav: {unknown}:37 names this path, but it has no embedding"
     error = spkfast("evaluate", "--model", model, "--data", data, "--trials", unknown).error
     assert error == f"spkfast evaluate: error: {data}/s9/r0/u.wav: no such file, but the trials name it"
     bad_audio(data, "nan").replace(data / "s2/r0/u.wav")

@@ -131,7 +131,9 @@ def info() -> dict[str, Any]:
 
 def _extras() -> dict[str, dict[str, str | None]]:
     """Versions of optional packages by extra, as the installed package names them."""
-    extras: dict[str, dict[str, str | None]] = {name: {} for name in ("audio", "train", "eval", "kaldi", "parquet", "index")}
+    extras: dict[str, dict[str, str | None]] = {
+        name: {} for name in ("audio", "train", "eval", "kaldi", "parquet", "index")
+    }
     try:
         requirements = importlib.metadata.requires("spkfast") or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ class TrialList(Sequence[Trial]):
         labels: Whether both sides are the same speaker, bool, shape (trials,); None for a list without labels.
         source: The file, for messages.
         lines: Line of each trial in it, shape (trials,).
+        scores: Score of each trial where the file has them, float64, shape (trials,); else None.
     """
 
     def __init__(
@@ -55,9 +57,12 @@ class TrialList(Sequence[Trial]):
         *,
         source: str = "the trials",
         lines: np.ndarray | None = None,
+        scores: np.ndarray | None = None,
+        form: _Form | None = None,
     ) -> None:
         self.names, self.enrol, self.test, self.labels = names, enrol, test, labels
-        self.source = source
+        self.source, self.scores = source, scores
+        self._form = form or (_PLAIN if labels is None else _VOX)
         self.lines = np.arange(1, len(enrol) + 1) if lines is None else lines
 
     @classmethod
@@ -79,9 +84,9 @@ class TrialList(Sequence[Trial]):
     def __getitem__(self, at: slice) -> TrialList: ...
     def __getitem__(self, at: int | slice) -> Trial | TrialList:
         if isinstance(at, slice):
-            labels = None if self.labels is None else self.labels[at]
+            labels, scores = (None if column is None else column[at] for column in (self.labels, self.scores))
             parts = self.names, self.enrol[at], self.test[at], labels
-            return TrialList(*parts, source=self.source, lines=self.lines[at])
+            return TrialList(*parts, source=self.source, lines=self.lines[at], scores=scores, form=self._form)
         if self.labels is None:
             raise InputError(f"{self.source}: the trials have no labels")
         return Trial(bool(self.labels[at]), self.names[self.enrol[at]], self.names[self.test[at]])
@@ -90,20 +95,38 @@ class TrialList(Sequence[Trial]):
         """File and line of a trial."""
         return f"{self.source}:{self.lines[at]}"
 
-    def rows(self, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of a matrix whose rows have these keys, for both sides of each trial.
+    def rows(self, keys: Sequence[str], sides: str = "both") -> tuple[np.ndarray, ...]:
+        """Rows of a matrix whose rows have these keys, for the sides of each trial.
+
+        Args:
+            keys: Of the matrix.
+            sides: ``both``, ``enrol`` or ``test``.
 
         Raises:
-            InputError: If a path of the trials is no key; its line is named.
+            InputError: If a path of these sides is no key; its line is named.
         """
         row = {key: k for k, key in enumerate(keys)}
         of_name = np.fromiter((row.get(name, -1) for name in self.names), np.int64, len(self.names))
-        missing = np.flatnonzero((of_name[self.enrol] < 0) | (of_name[self.test] < 0))
-        if len(missing):
-            at = int(missing[0])
-            side = self.enrol[at] if of_name[self.enrol[at]] < 0 else self.test[at]
-            raise InputError(f"{self.names[side]}: {self.where(at)} names this path, but it has no embedding")
-        return of_name[self.enrol], of_name[self.test]
+        asked = {"both": (self.enrol, self.test), "enrol": (self.enrol,), "test": (self.test,)}[sides]
+        missing = [np.flatnonzero(of_name[side] < 0) for side in asked]
+        if any(map(len, missing)):
+            at, side = min((int(found[0]), k) for k, found in enumerate(missing) if len(found))
+            name = self.names[asked[side][at]]
+            raise InputError(f"{name}: {self.where(at)} names this path, but it has no embedding")
+        return tuple(of_name[side] for side in asked)
+
+    def text(self, scores: np.ndarray) -> Iterator[str]:
+        """The lines of the list with a score at the end of each, in the form that the labels had."""
+        columns = {
+            "enrol": [self.names[k] for k in self.enrol.tolist()],
+            "test": [self.names[k] for k in self.test.tolist()],
+            "score": [f"{score:.7g}" for score in scores.tolist()],
+        }
+        if self.labels is not None:
+            shown = {value: text for text, value in self._form.labels.items()}
+            columns["label"] = [shown[label] for label in self.labels.tolist()]
+        order = [name for name in self._form.columns if name != "score"]
+        return map(" ".join, zip(*(columns[name] for name in (*order, "score")), strict=True))
 
     def speakers(self, speaker_of: Callable[[str], str]) -> tuple[np.ndarray, np.ndarray]:
         """Speakers of both sides of each trial, as numbers."""
@@ -121,7 +144,9 @@ def read_train_list(path: str | os.PathLike[str]) -> list[Utterance]:
     return [Utterance(*columns) for _, columns in _rows(path, 2, "speaker path")]
 
 
-def read_trials(path: str | os.PathLike[str], *, labelled: bool | None = True, duplicates: bool = False) -> TrialList:
+def read_trials(
+    path: str | os.PathLike[str], *, labelled: bool | None = True, scored: bool = False, duplicates: bool = False
+) -> TrialList:
     """Trials, one a line: ``label enrol test`` as VoxCeleb's, or ``enrol test label`` as Kaldi's and wespeaker's.
 
     The first has labels 1 for the same speaker and 0 for different ones, the second ``target`` and ``nontarget``. The
@@ -129,18 +154,19 @@ def read_trials(path: str | os.PathLike[str], *, labelled: bool | None = True, d
 
     Args:
         path: The file.
-        labelled: Whether there must be labels; False for lines ``enrol test``, None for any.
+        labelled: Whether there must be labels; False for lines ``enrol test``, None for either.
+        scored: Whether a score ends each line, as ``spkfast score`` writes it.
         duplicates: Whether a trial may be there twice; never with two labels.
 
     Raises:
-        InputError: If the file is missing or empty, a line has other columns or another label, or a trial is there
-            twice (file and line number are named).
+        InputError: If the file is missing or empty, a line has other columns or another label, a score is no finite
+            number, or a trial is there twice (file and line number are named).
     """
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such list file")
     names: dict[str, int] = {}
-    parts: list[tuple[np.ndarray, ...]] = []
+    parts: list[list[np.ndarray]] = []
     form: _Form | None = None
     read = 0
     try:
@@ -153,64 +179,81 @@ def read_trials(path: str | os.PathLike[str], *, labelled: bool | None = True, d
                     kept = [k for k, row in enumerate(rows) if row]
                     rows, numbers = [rows[k] for k in kept], numbers[kept]
                 if rows:
-                    form = form or _form(file, int(numbers[0]), rows[0], labelled)
-                    parts.append((numbers, *_columns(file, numbers, rows, form, names)))
+                    form = form or _form(f"{file}:{numbers[0]}", rows[0], labelled, scored)
+                    parts.append([numbers, *_columns(file, numbers, rows, form, names)])
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not a text file") from error
     if form is None:
         raise InputError(f"{file}: the list is empty")
-    numbers, enrol, test, *labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-    trials = TrialList(list(names), enrol, test, labels[0] if labels else None, source=str(file), lines=numbers)
+    numbers, enrol, test, *others = (np.concatenate(column) for column in zip(*parts, strict=True))
+    scores = others.pop() if scored else None
+    labels = others.pop() if others else None
+    trials = TrialList(list(names), enrol, test, labels, source=str(file), lines=numbers, scores=scores, form=form)
     _check_repeated(trials, duplicates)
     return trials
 
 
 class _Form(NamedTuple):
-    """Where the columns of a trial list are."""
+    """Columns of a trial list, and what its labels are."""
 
-    shown: str
-    enrol: int
-    label: int | None
+    columns: tuple[str, ...]
     labels: dict[str, bool]
 
-
-_FORMS = {
-    "vox": _Form("label enrol test", 1, 0, {"1": True, "0": False}),
-    "kaldi": _Form("enrol test label", 0, 2, {"target": True, "nontarget": False}),
-    "none": _Form("enrol test", 0, None, {}),
-}
+    def scored(self) -> _Form:
+        return self._replace(columns=(*self.columns, "score"))
 
 
-def _form(file: Path, number: int, row: list[str], labelled: bool | None) -> _Form:
-    if len(row) == 2 and labelled is not True:
-        return _FORMS["none"]
-    if len(row) != 3 or labelled is False:
-        wanted = "label enrol test" if labelled is not False else "enrol test"
-        raise InputError(f"{file}:{number}: expected {len(wanted.split())} columns '{wanted}', got {len(row)}")
-    if row[2] in _FORMS["kaldi"].labels and row[0] not in _FORMS["vox"].labels:
-        return _FORMS["kaldi"]
-    return _FORMS["vox"]
+_VOX = _Form(("label", "enrol", "test"), {"1": True, "0": False})
+_KALDI = _Form(("enrol", "test", "label"), {"target": True, "nontarget": False})
+_PLAIN = _Form(("enrol", "test"), {})
+
+
+def _form(where: str, row: list[str], labelled: bool | None, scored: bool) -> _Form:
+    """Which form a list has, by its first line."""
+    if labelled is False or (labelled is None and len(row) == 2 + scored):
+        form = _PLAIN
+    else:
+        form = _KALDI if len(row) > 2 and row[2] in _KALDI.labels and row[0] not in _VOX.labels else _VOX
+    form = form.scored() if scored else form
+    if len(row) != len(form.columns):
+        raise InputError(f"{where}: expected {len(form.columns)} columns '{' '.join(form.columns)}', got {len(row)}")
+    return form
 
 
 def _columns(
     file: Path, numbers: np.ndarray, rows: list[list[str]], form: _Form, names: dict[str, int]
 ) -> list[np.ndarray]:
-    """Places of both sides, and labels where there are any."""
-    count = len(form.shown.split())
+    """Places of both sides, and labels and scores where there are any."""
+    count = len(form.columns)
     if {*map(len, rows)} != {count}:
         at = next(k for k, row in enumerate(rows) if len(row) != count)
-        raise InputError(f"{file}:{numbers[at]}: expected {count} columns '{form.shown}', got {len(rows[at])}")
-    columns = list(zip(*rows, strict=True))
-    sides = list(_places(zip(columns[form.enrol], columns[form.enrol + 1], strict=True), names))
-    if form.label is None:
-        return sides
+        raise InputError(
+            f"{file}:{numbers[at]}: expected {count} columns '{' '.join(form.columns)}', got {len(rows[at])}"
+        )
+    columns = dict(zip(form.columns, zip(*rows, strict=True), strict=True))
+    found = list(_places(zip(columns["enrol"], columns["test"], strict=True), names))
+    if "label" in columns:
+        try:
+            found.append(np.fromiter(map(form.labels.__getitem__, columns["label"]), bool, len(rows)))
+        except KeyError as error:
+            at = columns["label"].index(error.args[0])
+            known = " or ".join(sorted(form.labels))
+            raise InputError(f"{file}:{numbers[at]}: the label must be {known}, got {error.args[0]!r}") from None
+    if "score" in columns:
+        scores = np.array([_number(text) for text in columns["score"]])
+        wrong = np.flatnonzero(~np.isfinite(scores))
+        if len(wrong):
+            at = int(wrong[0])
+            raise InputError(f"{file}:{numbers[at]}: the score must be a finite number, got {columns['score'][at]!r}")
+        found.append(scores)
+    return found
+
+
+def _number(text: str) -> float:
     try:
-        labels = np.fromiter(map(form.labels.__getitem__, columns[form.label]), bool, len(rows))
-    except KeyError as error:
-        at = columns[form.label].index(error.args[0])
-        known = " or ".join(sorted(form.labels))
-        raise InputError(f"{file}:{numbers[at]}: the label must be {known}, got {error.args[0]!r}") from None
-    return [*sides, labels]
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _places(pairs: Iterable[tuple[str, str]], names: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,15 @@ from spkfast.evaluation.metrics import (
     min_cllr,
     min_dcf,
 )
-from spkfast.evaluation.normalization import CohortStatistics, as_norm, cohort_statistics, s_norm, t_norm, z_norm
+from spkfast.evaluation.normalization import (
+    CohortStatistics,
+    as_norm,
+    cohort_statistics,
+    normalized,
+    s_norm,
+    t_norm,
+    z_norm,
+)
 from spkfast.evaluation.plda import Enrolment, Plda
 from spkfast.evaluation.scoring import TrialResult, cosine_matrix, cosine_scores, evaluate_trials
 
@@ -64,6 +72,7 @@ __all__ = [
     "mcnemar",
     "min_cllr",
     "min_dcf",
+    "normalized",
     "read_spk2utt",
     "s_norm",
     "t_norm",

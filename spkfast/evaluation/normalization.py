@@ -31,7 +31,7 @@ class CohortStatistics(NamedTuple):
 
 @torch.inference_mode()
 def cohort_statistics(
-    embeddings: Array, cohort: Array, *, top_n: int | None = None, unbiased: bool = False
+    embeddings: Array, cohort: Array, *, top_n: int | None = None, unbiased: bool = False, index: Any = None
 ) -> CohortStatistics:
     """Mean and standard deviation of the cosines of each utterance with a cohort.
 
@@ -40,6 +40,7 @@ def cohort_statistics(
         cohort: One row per speaker or utterance of the cohort, shape (C, E), of the same type.
         top_n: Of the greatest cosines of each utterance alone; None for all.
         unbiased: Divide by one less, as speechbrain and ESPnet do; wespeaker and 3D-Speaker do not.
+        index: Rows that are needed, in any order and number; the others get NaN. None for all.
 
     Returns:
         Statistics of shape (U,), numpy for numpy, torch for torch.
@@ -48,10 +49,65 @@ def cohort_statistics(
         InputError: If the cohort is smaller than ``top_n`` or has another dimension, an embedding is zero or not
             finite, or all cosines of an utterance that count are equal, so that they have no deviation to divide by.
     """
-    mean, std = _statistics(unit_rows(embeddings), unit_rows(cohort, "cohort"), top_n, unbiased)
-    if isinstance(embeddings, np.ndarray):
-        return CohortStatistics(mean.numpy(), std.numpy())
-    return CohortStatistics(mean, std)
+    unit, of_cohort = unit_rows(embeddings), unit_rows(cohort, "cohort")
+    require_same_kind("cohort", of_cohort, unit)
+    count = len(of_cohort) if top_n is None else top_n
+    least = 2 if unbiased else 1
+    if not least <= count <= len(of_cohort):
+        raise InputError(f"top_n must lie in {least}..{len(of_cohort)}, the size of the cohort, got {count}")
+    needed = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
+    if index is not None:
+        needed = torch.zeros_like(needed).index_fill_(0, torch.as_tensor(index, device=unit.device), True)
+    rows = needed.nonzero().flatten()
+    mean, std = unit.new_full((2, len(unit)), torch.nan)
+    for part in rows.split(max(1, _SCORES_AT_ONCE // len(of_cohort))):
+        mean[part], std[part] = functional.top_moments(unit[part] @ of_cohort.T, count)
+    if (std == 0).any():
+        raise InputError(
+            f"the {count} cosines of the cohort that count are all equal for row {int((std == 0).nonzero()[0])} of the "
+            "embeddings: give a larger cohort, or one without copies"
+        )
+    if unbiased:
+        std *= math.sqrt(count / (count - 1))
+    return CohortStatistics(*((mean.numpy(), std.numpy()) if isinstance(embeddings, np.ndarray) else (mean, std)))
+
+
+@torch.inference_mode()
+def normalized(
+    scores: Any, enrol_index: Any, test_index: Any, statistics: CohortStatistics, *, sides: str = "both"
+) -> Any:
+    """Scores standardised by the statistics of their utterances: the mean of ``(s - mean) / std`` over the sides.
+
+    Args:
+        scores: Shape (trials,), floating; numpy or torch.
+        enrol_index: Row of the first side of each trial, integer, shape (trials,).
+        test_index: Row of the second side.
+        statistics: From :func:`cohort_statistics`.
+        sides: ``both``, ``enrol`` or ``test``.
+
+    Returns:
+        Shape (trials,), numpy for numpy scores, torch for torch.
+
+    Raises:
+        InputError: If shapes disagree, an index lies outside, or a score is not finite.
+    """
+    if sides not in ("both", "enrol", "test"):
+        raise InputError(f"sides must be one of both, enrol, test, got {sides!r}")
+    raw = torch.as_tensor(scores)
+    mean, std = (torch.as_tensor(value, device=raw.device) for value in statistics)
+    both = dict(zip(("enrol", "test"), indexes(mean, enrol_index, test_index), strict=True))
+    if raw.shape != both["enrol"].shape or not raw.is_floating_point():
+        wanted = tuple(both["enrol"].shape)
+        raise InputError(f"scores must be floating of shape {wanted}, got {raw.dtype} {tuple(raw.shape)}")
+    if not torch.isfinite(raw).all():
+        raise InputError(f"scores must be finite, got {raw[~torch.isfinite(raw)][0]:g}")
+    mean, inverse = mean.to(raw.dtype), std.reciprocal().to(raw.dtype)
+    counted = [side for name, side in both.items() if sides in ("both", name)]
+    found = torch.zeros_like(raw)
+    for side in counted:
+        found += (raw - mean[side]) * inverse[side]
+    found /= len(counted)
+    return found if isinstance(scores, torch.Tensor) else found.numpy()
 
 
 def as_norm(
@@ -88,7 +144,7 @@ def as_norm(
     Reference: Matejka et al., "Analysis of score normalization in multilingual speaker recognition", Interspeech 2017
     (adaptive S-norm 1).
     """
-    return _normalised(scores, enrol_index, test_index, embeddings, cohort, top_n, unbiased, (True, True))
+    return _normalised(scores, enrol_index, test_index, embeddings, cohort, top_n, unbiased, "both")
 
 
 def s_norm(
@@ -105,7 +161,7 @@ def s_norm(
 
     Reference: Kenny, "Bayesian speaker verification with heavy-tailed priors", Odyssey 2010.
     """
-    return _normalised(scores, enrol_index, test_index, embeddings, cohort, top_n, unbiased, (True, True))
+    return _normalised(scores, enrol_index, test_index, embeddings, cohort, top_n, unbiased, "both")
 
 
 def z_norm(
@@ -123,7 +179,7 @@ def z_norm(
     Reference: Auckenthaler, Carey and Lloyd-Thomas, "Score normalization for text-independent speaker verification
     systems", Digital Signal Processing 2000.
     """
-    return _normalised(scores, enrol_index, test_index, embeddings, cohort, top_n, unbiased, (True, False))
+    return _normalised(scores, enrol_index, test_index, embeddings, cohort, top_n, unbiased, "enrol")
 
 
 def t_norm(
@@ -141,10 +197,9 @@ def t_norm(
     Reference: Auckenthaler, Carey and Lloyd-Thomas, "Score normalization for text-independent speaker verification
     systems", Digital Signal Processing 2000.
     """
-    return _normalised(scores, enrol_index, test_index, embeddings, cohort, top_n, unbiased, (False, True))
+    return _normalised(scores, enrol_index, test_index, embeddings, cohort, top_n, unbiased, "test")
 
 
-@torch.inference_mode()
 def _normalised(
     scores: Any,
     enrol_index: Any,
@@ -153,54 +208,10 @@ def _normalised(
     cohort: Any,
     top_n: int | None,
     unbiased: bool,
-    counted: tuple[bool, bool],
+    sides: str,
 ) -> Any:
-    unit = unit_rows(embeddings)
-    raw = torch.as_tensor(scores, device=unit.device)
-    sides = indexes(unit, enrol_index, test_index)
-    if raw.shape != sides[0].shape or not raw.is_floating_point():
-        raise InputError(
-            f"scores must be floating of shape {tuple(sides[0].shape)}, got {raw.dtype} {tuple(raw.shape)}"
-        )
-    if not torch.isfinite(raw).all():
-        raise InputError(f"scores must be finite, got {raw[~torch.isfinite(raw)][0]:g}")
-    which = [side for side, counts in zip(sides, counted, strict=True) if counts]
+    both = indexes(torch.as_tensor(embeddings), enrol_index, test_index)
     # Utterances of other lists may be in the matrix too.
-    used = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
-    for side in which:
-        used[side] = True
-    rows = used.nonzero().flatten()
-    place = torch.zeros(len(unit), dtype=torch.int64, device=unit.device)
-    place[rows] = torch.arange(len(rows), device=unit.device)
-    mean, std = _statistics(unit[rows], unit_rows(cohort, "cohort"), top_n, unbiased, rows)
-    mean, inverse = mean.to(raw.dtype), std.reciprocal().to(raw.dtype)
-    found = torch.zeros_like(raw)
-    for side in which:
-        at = place[side]
-        found += (raw - mean[at]) * inverse[at]
-    found /= len(which)
-    return found if isinstance(scores, torch.Tensor) else found.cpu().numpy()
-
-
-def _statistics(
-    unit: torch.Tensor, cohort: torch.Tensor, top_n: int | None, unbiased: bool, rows: torch.Tensor | None = None
-) -> CohortStatistics:
-    """Statistics of unit rows; ``rows`` are their numbers for messages."""
-    require_same_kind("cohort", cohort, unit)
-    count = len(cohort) if top_n is None else top_n
-    least = 2 if unbiased else 1
-    if not least <= count <= len(cohort):
-        raise InputError(f"top_n must lie in {least}..{len(cohort)}, the size of the cohort, got {count}")
-    mean, std = unit.new_empty(2, len(unit))
-    step = max(1, _SCORES_AT_ONCE // len(cohort))
-    for start in range(0, len(unit), step):
-        part = slice(start, start + step)
-        mean[part], std[part] = functional.top_moments(unit[part] @ cohort.T, count)
-    if (std == 0).any():
-        row = int((std == 0).nonzero()[0])
-        row = row if rows is None else int(rows[row])
-        raise InputError(
-            f"the {count} cosines of the cohort that count are all equal for row {row} of the embeddings: give a "
-            "larger cohort, or one without copies"
-        )
-    return CohortStatistics(mean, std * math.sqrt(count / (count - 1)) if unbiased else std)
+    needed = {"both": torch.cat(both), "enrol": both[0], "test": both[1]}[sides]
+    statistics = cohort_statistics(embeddings, cohort, top_n=top_n, unbiased=unbiased, index=needed)
+    return normalized(scores, enrol_index, test_index, statistics, sides=sides)

@@ -94,3 +94,18 @@ def test_rows_of_a_matrix(tmp_path):
     assert again.names == trials.names and again.labels.tolist() == trials.labels.tolist()
     assert TrialList.of(trials) is trials
     assert [side.tolist() for side in trials.speakers(lambda name: "ab c".index(name) // 2)] == [[0, 0], [0, 1]]
+
+
+def test_scores_end_lines(tmp_path):
+    for content in ("1 a b 0.5\n0 a c -1e-3\n", "a b target 0.5\n\na c nontarget -1e-3\n"):
+        trials = read_trials(write(tmp_path, content), scored=True)
+        assert trials.scores.tolist() == [0.5, -1e-3] and trials.labels.tolist() == [True, False]
+        assert trials[1:].scores.tolist() == [-1e-3]
+    assert read_trials(write(tmp_path, "a b 0.5\n"), labelled=None, scored=True).labels is None
+    for content, message in (
+        ("1 a b 0.5\n0 a c nan\n", r"list\.txt:2: the score must be a finite number, got 'nan'"),
+        ("1 a b high\n", "got 'high'"),
+        ("1 a b\n", "expected 4 columns 'label enrol test score', got 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_trials(write(tmp_path, content), scored=True)

@@ -363,6 +363,9 @@ def test_evaluate_by_model_and_by_embeddings(spkfast, model, data, monkeypatch):
     by_file = json.loads(spkfast("evaluate", "--embeddings", data / "x.npz", "--trials", trials, "--json").out)
     want = evaluate_trials(read_trials(trials), *keys_of(data / "x.npz"))
     for row in (*by_model["lists"], *by_file["lists"]):
+        figures = row.pop("metrics")
+        assert figures["eer"] == pytest.approx({"value": want.eer.value, "low": want.eer.low, "high": want.eer.high})
+        assert figures["min_dcf:0.01"]["value"] == pytest.approx(want.min_dcf) and len(row.pop("sha256")) == 64
         assert row == {
             "trials": str(trials),
             "eer_percent": pytest.approx(100 * want.eer.value),
@@ -425,8 +428,18 @@ def test_evaluate_bad_input(spkfast, model, data):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "give either --model with --data, or --embeddings"),
-        (["--model", "m", "--embeddings", "x.npz"], "give either --model with --data, or --embeddings"),
+        ([], "give either --model with --data, or --embeddings, or --scored"),
+        (["--model", "m", "--embeddings", "x.npz"], "give either --model with --data, or --embeddings, or --scored"),
+        (["--scored", "s", "--trials", "t"], "--scored names the lists: leave --trials out"),
+        (["--scored", "s", "--precision", "bf16"], "--precision goes with --model"),
+        (["--scored", "s", "--crops", "10x4"], "--crops goes with --model"),
+        (["--scored", "s", "--columns", "gender"], "--columns needs --by"),
+        (["--scored", "s", "--out", "record"], "--out must end with .json, got record"),
+        (["--scored", "s", "--histogram", "h.txt"], "--histogram must end with .png"),
+        (["--scored", "s", "--protocol", "vox2"], "unknown protocol 'vox2' (did you mean 'vox"),
+        (["--model", "m", "--data", "d", "--crops", "4"], "crops must be 'whole', '10x4' for ten of 4 seconds"),
+        (["--scored", "s", "--resamples", "-3"], "argument --resamples: must be a whole number, got -3"),
+        (["--compare", "a.json", "b.json"], "a.json: no such file"),
         (["--model", "m"], "--model and --data go together"),
         (["--embeddings", "x.npz"], "--trials is needed with --embeddings"),
         (["--model", "m", "--data", "nowhere"], "nowhere/trials.txt: no such list file"),

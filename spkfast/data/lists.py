@@ -129,9 +129,10 @@ class TrialList(Sequence[Trial]):
         return map(" ".join, zip(*(columns[name] for name in (*order, "score")), strict=True))
 
     def speakers(self, speaker_of: Callable[[str], str]) -> tuple[np.ndarray, np.ndarray]:
-        """Speakers of both sides of each trial, as numbers."""
-        numbers: dict[str, int] = {}
-        of_name = np.array([numbers.setdefault(speaker_of(name), len(numbers)) for name in self.names])
+        """Speakers of both sides of each trial, as numbers in the order of their names."""
+        spoken = [speaker_of(name) for name in self.names]
+        number = {speaker: k for k, speaker in enumerate(sorted(set(spoken)))}
+        of_name = np.array([number[speaker] for speaker in spoken])
         return of_name[self.enrol], of_name[self.test]
 
 

@@ -54,7 +54,7 @@ double normal_quantile(double p) {
 }
 
 // Copies the values above a threshold that are likely to be n or somewhat more to the front of
-// `kept`, and returns how many these are: n at least. All values must be finite.
+// `kept`, and returns how many these are: n at least; or -1 where a value is not finite.
 int64_t keep_candidates(const float* x, int64_t count, int64_t n, double guess, float* kept) {
   Lanes sums = {}, squares = {};
   int64_t k = 0;
@@ -70,32 +70,82 @@ int64_t keep_candidates(const float* x, int64_t count, int64_t n, double guess, 
   }
   const double mean = total / static_cast<double>(count);
   const double std = std::sqrt(square / static_cast<double>(count) - mean * mean);
-  double step = 0.125;
-  for (double deviations = guess - step; step <= 2; step *= 2, deviations -= step) {
-    const double threshold = mean + deviations * std;
-    if (!std::isfinite(threshold)) break;
-    const auto least = static_cast<float>(threshold);
-    int64_t found = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      kept[found] = x[i];
-      found += x[i] > least;
+  // Moments that are not finite may be those of large values.
+  if (!std::isfinite(total) || !std::isfinite(square)) {
+    if (!std::all_of(x, x + count, [](float v) { return std::isfinite(v); })) return -1;
+  } else if (std::isfinite(std)) {
+    double step = 0.0625;
+    for (double deviations = guess - step; step <= 2; step *= 2, deviations -= step) {
+      const auto least = static_cast<float>(mean + deviations * std);
+      int64_t found = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        kept[found] = x[i];
+        found += x[i] > least;
+      }
+      if (found >= n) return found;
     }
-    if (found >= n) return found;
   }
   std::copy_n(x, count, kept);
   return count;
 }
 
-bool all_finite(const float* x, int64_t count) {
-  Lanes sums = {};  // of zeros
-  int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) {
-    const Lanes v = load(x + k);
-    sums += v - v;
+// Puts the n greatest of `found` values to their front: those of the upper of equal steps between
+// the least and the greatest are all among them, so that few have to be compared with one another.
+void select_top(float* values, int64_t found, int64_t n, float* scratch) {
+  constexpr int kSteps = 64;
+  float low = values[0], high = values[0];
+  for (int64_t k = 1; k < found; ++k) {
+    low = values[k] < low ? values[k] : low;
+    high = values[k] > high ? values[k] : high;
   }
-  float rest = sum(sums);
-  for (; k < count; ++k) rest += x[k] - x[k];
-  return rest == 0;
+  // In halves, whose difference stays in range.
+  const float scale = kSteps / (high / 2 - low / 2);
+  if (!std::isfinite(scale)) {  // hardly apart
+    std::nth_element(values, values + n, values + found, std::greater<>());
+    return;
+  }
+  const auto step_of = [&](float v) {
+    const int step = static_cast<int>((v / 2 - low / 2) * scale);
+    return step < kSteps - 1 ? step : kSteps - 1;
+  };
+  int counts[kSteps] = {};
+  for (int64_t k = 0; k < found; ++k) ++counts[step_of(values[k])];
+  int step = kSteps - 1;
+  int64_t above = 0;  // values of the steps above this one
+  while (above + counts[step] < n) above += counts[step--];
+  int64_t top = 0, between = 0;
+  for (int64_t k = 0; k < found; ++k) {
+    const float v = values[k];
+    const int of = step_of(v);
+    scratch[between] = v;
+    between += of == step;
+    values[top] = v;
+    top += of > step;
+  }
+  std::nth_element(scratch, scratch + (n - above), scratch + between, std::greater<>());
+  std::copy_n(scratch, n - above, values + above);
+}
+
+using Doubles [[gnu::vector_size(8 * sizeof(double))]] = double;
+
+// Sum over values of body(value in double).
+template <typename Body>
+double sum_of(const float* x, int64_t count, Body body) {
+  using Floats [[gnu::vector_size(8 * sizeof(float))]] = float;
+  Doubles sums = {};
+  int64_t k = 0;
+  for (; k + 8 <= count; k += 8) {
+    Floats v;
+    std::memcpy(&v, x + k, sizeof(v));
+    sums += body(__builtin_convertvector(v, Doubles));
+  }
+  double total = 0;
+  for (int j = 0; j < 8; ++j) total += sums[j];
+  for (; k < count; ++k) {
+    const Doubles one = {static_cast<double>(x[k])};
+    total += body(one)[0];
+  }
+  return total;
 }
 
 }  // namespace
@@ -118,25 +168,18 @@ void run_top_moments(const TopMoments& call, const ParallelFor& parallel_for) {
   const int64_t n = call.n, count = call.count;
   const double guess = normal_quantile(static_cast<double>(n) / static_cast<double>(count));
   parallel_for(0, call.rows, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> kept(count);
+    std::vector<float> kept(count + 1), scratch(count + 1);
     for (int64_t row = begin; row < end; ++row) {
-      const float* x = call.x + row * count;
-      if (!all_finite(x, count)) {
+      const int64_t found = keep_candidates(call.x + row * count, count, n, guess, kept.data());
+      if (found < 0) {
         call.mean[row] = call.std[row] = std::numeric_limits<float>::quiet_NaN();
         continue;
       }
-      const float* top = x;
-      if (n < count) {
-        const int64_t found = keep_candidates(x, count, n, guess, kept.data());
-        if (found > n) {
-          std::nth_element(kept.begin(), kept.begin() + n, kept.begin() + found, std::greater<>());
-        }
-        top = kept.data();
-      }
-      double total = 0, square = 0;
-      for (int64_t k = 0; k < n; ++k) total += top[k];
-      const double mean = total / static_cast<double>(n);
-      for (int64_t k = 0; k < n; ++k) square += (top[k] - mean) * (top[k] - mean);
+      if (found > n) select_top(kept.data(), found, n, scratch.data());
+      const double mean =
+          sum_of(kept.data(), n, [](Doubles v) { return v; }) / static_cast<double>(n);
+      const double square =
+          sum_of(kept.data(), n, [&](Doubles v) { return (v - mean) * (v - mean); });
       call.mean[row] = static_cast<float>(mean);
       call.std[row] = static_cast<float>(std::sqrt(square / static_cast<double>(n)));
     }

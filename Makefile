@@ -101,14 +101,18 @@ sanitize: build  ## random cases under AddressSanitizer: OPS="..." CASES=100000 
 demo: build  ## train, embed, evaluate, report; DATA=FOLDER for speech of your own
 	$(BIN)/spkfast demo $(if $(DATA),--data "$(DATA)") --out demo
 
-# Peers that nothing but benchmarks has a use for.
-$(VENV)/.peers: $(BUILT)
-	@$(PIP) openvino
+# Peers that nothing but benchmarks has a use for, in an environment that sees the package's and not the reverse.
+PEERS := openvino
+$(VENV)-bench/.peers: $(BUILT) constraints.txt
+	@$(BIN)/python -m venv $(VENV)-bench
+	@# addsitedir, since the package is itself installed by a path entry, which those of a mere path are not read for.
+	@site() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; } && \
+	  echo "import site; site.addsitedir('$$(site $(VENV))')" > "$$(site $(VENV)-bench)/spkfast-environment.pth"
+	@$(VENV)-bench/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PEERS)
 	@touch $@
 
-bench: $(VENV)/.peers  ## speed of every op and model beside its peers
-	@set -e; for file in benchmarks/ops/bench_*.py benchmarks/models/bench_*.py benchmarks/data/bench_*.py; do \
-	  $(BIN)/python -m "$$(echo "$${file%.py}" | tr / .)" $(ARGS); done
+bench: $(VENV)-bench/.peers  ## every benchmark beside its peers: ARGS="ops --quick", ARGS="all --list"
+	$(BIN)/spkfast bench $(ARGS)
 
 # Runs where only the system's Python with torch, triton, pytest, numpy and a CUDA compiler exist, without the network.
 gpu-check:  ## verify and time kernels on an NVIDIA GPU: OPS="..." RESULTS=FOLDER
@@ -128,6 +132,6 @@ wheel: build  ## build a wheel into dist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --wheel --no-isolation
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-bench build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find spkfast -name '*.so' -delete

@@ -98,7 +98,10 @@ BUNDLED = {
 }
 
 
-@pytest.mark.parametrize("path", [report.PAGE, *sorted(report.MODELS.glob("*/README.md"))], ids=lambda path: path.name)
+GENERATED = [report.PAGE, report.README, *sorted(report.MODELS.glob("*/README.md"))]
+
+
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.relative_to(report.ROOT).as_posix())
 def test_generated_files_are_current(path):
     assert path.read_text() == report.files(report.RESULTS)[path]
 
@@ -148,8 +151,8 @@ def test_seeds_of_a_recipe_have_a_row_each_and_a_mean(tmp_path):
 def test_bundled_model_has_a_section_and_a_card(tmp_path):
     write(tmp_path, BUNDLED)
     files = report.files(tmp_path)
-    assert list(files) == [report.PAGE, report.MODELS / "ecapa-mini" / "README.md"]
-    page, card = (text.splitlines() for text in files.values())
+    assert list(files) == [report.PAGE, report.README, report.MODELS / "ecapa-mini" / "README.md"]
+    page, _, card = (text.splitlines() for text in files.values())
     for lines in (page, card):
         assert "| trials.txt | 16 | 1,350 + 2,250 | 4.12 (1.00 to 9.50) | 0.5000 | 30.00 | 2.50 |" in lines
     assert any(line.startswith("## `ecapa-mini`") for line in page)
@@ -193,7 +196,9 @@ def test_check_tells_what_is_out_of_date(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     write(tmp_path / "results", BUNDLED)
     (tmp_path / "models" / "ecapa-mini").mkdir(parents=True)
-    for name, path in (("ROOT", ""), ("RESULTS", "results"), ("PAGE", "page.md"), ("MODELS", "models")):
+    (tmp_path / "readme.md").write_text("<!-- bench:summary -->\n<!-- /bench:summary -->\n")
+    paths = {"ROOT": "", "RESULTS": "results", "PAGE": "page.md", "README": "readme.md", "MODELS": "models"}
+    for name, path in paths.items():
         monkeypatch.setattr(report, name, tmp_path / path)
 
     def run(*arguments):
@@ -207,6 +212,11 @@ def test_check_tells_what_is_out_of_date(tmp_path, monkeypatch):
     card = tmp_path / "models/ecapa-mini/README.md"
     card.write_text(card.read_text() + "and more")
     with pytest.raises(SystemExit, match=r"ecapa-mini/README\.md is out of date"):
+        run("--check")
+    run()
+    readme = tmp_path / "readme.md"
+    readme.write_text(readme.read_text().replace("4.12", "3.12"))
+    with pytest.raises(SystemExit, match=r"readme\.md is out of date"):
         run("--check")
 
 

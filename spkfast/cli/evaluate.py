@@ -23,6 +23,8 @@ from spkfast.cli.common import (
 from spkfast.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
 
     from spkfast.data.lists import TrialList
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 HELP = "EER and costs of trial lists, with intervals; comparison of two systems"
 
 _METRICS = ("eer", "min_dcf:0.01")
+_FEWEST_RESAMPLES = 20
 
 
 def main(argv: list[str]) -> None:
@@ -94,7 +97,8 @@ def main(argv: list[str]) -> None:
     lists = _lists(args, protocol)
     facts, scores = _scores(args, lists, crops)
     results = [
-        list_result(name, trials, scores[name], metrics, num_resamples=args.resamples) for name, trials in lists.items()
+        list_result(name, trials, scores[name], metrics, num_resamples=args.resamples, watch=_watch)
+        for name, trials in lists.items()
     ]
     conditions = _conditions(args, lists, results, metrics)
     if args.scores:
@@ -115,8 +119,9 @@ def main(argv: list[str]) -> None:
     }
     if args.out:
         write_record(args.out, facts, results)
-    rows = [_row(result) | _at_far(args.far, result) for result in results]
-    shown = [_shown(result) | _at_far(args.far, result) for result in results]
+    at_far = [_at_far(args.far, result) for result in results]
+    rows = [_row(result) | point for result, point in zip(results, at_far, strict=True)]
+    shown = [_shown(result) | point for result, point in zip(results, at_far, strict=True)]
     by = [{"trials": name, **_shown_condition(one)} for name, found in conditions.items() for one in found]
     made = {"lists": rows}
     if conditions:
@@ -240,7 +245,7 @@ def _conditions(
             args.columns or (),
             metrics=metrics,
             speakers=result.speakers if args.resamples else None,
-            num_resamples=max(args.resamples, 1),
+            num_resamples=args.resamples or 1000,
         )
         for result in results
     }
@@ -262,7 +267,7 @@ def _compare(args: Any) -> None:
     from spkfast.evaluation.records import compare_records, read_record
 
     first, second = (read_record(path) for path in args.compare)
-    found = compare_records(first, second, num_resamples=max(args.resamples, 1))
+    found = compare_records(first, second, num_resamples=args.resamples, watch=_watch)
     differ = [
         name
         for name in ("protocol", "crops", "scoring", "precision", "method", "frontend")
@@ -303,13 +308,14 @@ def _heading(metric: str) -> str:
 def _shown_figures(figures: dict[str, Estimate]) -> dict[str, str]:
     """Figures for people; the interval stands beside the rates."""
     cells = {}
+    several = sum(map(_is_rate, figures)) > 1
     for metric, figure in figures.items():
         cells[_heading(metric)] = _percent(metric, figure.value)
         if _is_rate(metric):
             interval = (
                 "-" if figure.low is None else f"{_percent(metric, figure.low)} to {_percent(metric, figure.high)}"
             )
-            cells["95 % interval"] = interval
+            cells[f"{_heading(metric)}, 95 % interval" if several else "95 % interval"] = interval
     return cells
 
 
@@ -396,7 +402,11 @@ def _shown_comparison(one: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
+def _watch(resamples: Iterable[Any], total: int) -> Iterable[Any]:
+    return progress(resamples, total, "resampling")
+
+
 def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text}")
+    if not text.isdecimal() or 0 < int(text) < _FEWEST_RESAMPLES:
+        raise argparse.ArgumentTypeError(f"must be 0 or a whole number from {_FEWEST_RESAMPLES} on, got {text}")
     return int(text)

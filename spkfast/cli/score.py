@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 HELP = "scores of a trial list: cosine or PLDA, AS-norm, S-norm, calibration, QMF"
 
-_LINES_AT_ONCE = 1 << 16
 _TOP_N = 300
 _EMBEDDINGS_HELP = "as 'spkfast embed' writes them: .safetensors, .npz, .npy, .parquet, .scp, .ark or a folder"
 
@@ -269,9 +268,7 @@ def _write(path: Path, trials: TrialList, scores: np.ndarray) -> None:
                 np.save(file, scores)
         else:
             with fresh.open("w", encoding="utf-8") as text:
-                for start in range(0, len(trials), _LINES_AT_ONCE):
-                    part = slice(start, start + _LINES_AT_ONCE)
-                    text.writelines(f"{line}\n" for line in trials[part].text(scores[part]))
+                text.writelines(f"{line}\n" for line in trials.text(scores))
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)

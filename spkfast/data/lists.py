@@ -71,8 +71,8 @@ class TrialList(Sequence[Trial]):
         if isinstance(trials, cls):
             return trials
         rows = list(trials)
-        names: dict[str, int] = {}
-        sides = _places(((trial.enrol, trial.test) for trial in rows), names)
+        names = _Places()
+        sides = names.of_pairs((trial.enrol, trial.test) for trial in rows)
         return cls(list(names), *sides, np.array([trial.target for trial in rows], dtype=bool))
 
     def __len__(self) -> int:
@@ -116,17 +116,20 @@ class TrialList(Sequence[Trial]):
         return tuple(of_name[side] for side in asked)
 
     def text(self, scores: np.ndarray) -> Iterator[str]:
-        """The lines of the list with a score at the end of each, in the form that the labels had."""
-        columns = {
-            "enrol": [self.names[k] for k in self.enrol.tolist()],
-            "test": [self.names[k] for k in self.test.tolist()],
-            "score": [f"{score:.7g}" for score in scores.tolist()],
-        }
-        if self.labels is not None:
-            shown = {value: text for text, value in self._form.labels.items()}
-            columns["label"] = [shown[label] for label in self.labels.tolist()]
+        """The lines of the list with a score at the end of each, in its form; reading them gives the same scores."""
+        digits = 9 if scores.dtype == np.float32 else 17
         order = [name for name in self._form.columns if name != "score"]
-        return map(" ".join, zip(*(columns[name] for name in (*order, "score")), strict=True))
+        shown = {value: text for text, value in self._form.labels.items()}
+        for start in range(0, len(self), _LINES_AT_ONCE):
+            part = slice(start, start + _LINES_AT_ONCE)
+            columns = {
+                "enrol": [self.names[k] for k in self.enrol[part].tolist()],
+                "test": [self.names[k] for k in self.test[part].tolist()],
+                "score": [f"{score:.{digits}g}" for score in scores[part].tolist()],
+            }
+            if self.labels is not None:
+                columns["label"] = [shown[label] for label in self.labels[part].tolist()]
+            yield from map(" ".join, zip(*(columns[name] for name in (*order, "score")), strict=True))
 
     def speakers(self, speaker_of: Callable[[str], str]) -> tuple[np.ndarray, np.ndarray]:
         """Speakers of both sides of each trial, as numbers in the order of their names."""
@@ -166,7 +169,7 @@ def read_trials(
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such list file")
-    names: dict[str, int] = {}
+    names = _Places()
     parts: list[list[np.ndarray]] = []
     form: _Form | None = None
     read = 0
@@ -221,9 +224,7 @@ def _form(where: str, row: list[str], labelled: bool | None, scored: bool) -> _F
     return form
 
 
-def _columns(
-    file: Path, numbers: np.ndarray, rows: list[list[str]], form: _Form, names: dict[str, int]
-) -> list[np.ndarray]:
+def _columns(file: Path, numbers: np.ndarray, rows: list[list[str]], form: _Form, names: _Places) -> list[np.ndarray]:
     """Places of both sides, and labels and scores where there are any."""
     count = len(form.columns)
     if {*map(len, rows)} != {count}:
@@ -232,7 +233,7 @@ def _columns(
             f"{file}:{numbers[at]}: expected {count} columns '{' '.join(form.columns)}', got {len(rows[at])}"
         )
     columns = dict(zip(form.columns, zip(*rows, strict=True), strict=True))
-    found = list(_places(zip(columns["enrol"], columns["test"], strict=True), names))
+    found = list(names.of_pairs(zip(columns["enrol"], columns["test"], strict=True)))
     if "label" in columns:
         try:
             found.append(np.fromiter(map(form.labels.__getitem__, columns["label"]), bool, len(rows)))
@@ -257,12 +258,16 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _places(pairs: Iterable[tuple[str, str]], names: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Places of both names of each pair among the names, to which new ones are added."""
-    known = collections.defaultdict(itertools.count(len(names)).__next__, names)
-    places = np.fromiter(map(known.__getitem__, itertools.chain.from_iterable(pairs)), np.int64)
-    names.update(known)
-    return places[::2], places[1::2]
+class _Places(collections.defaultdict[str, int]):
+    """Places of names in the order in which they are first asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(itertools.count().__next__)
+
+    def of_pairs(self, pairs: Iterable[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the first and of the second names."""
+        places = np.fromiter(map(self.__getitem__, itertools.chain.from_iterable(pairs)), np.int64)
+        return places[::2], places[1::2]
 
 
 def _check_repeated(trials: TrialList, duplicates: bool) -> None:

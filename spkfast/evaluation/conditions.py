@@ -60,6 +60,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     if not rows:
         raise InputError(f"{file}: the table is empty")
     head = rows[0]
+    if len({*head}) < len(head):
+        raise InputError(f"{file}: has a column twice: {', '.join(head)}")
     key = next((name for name in _KEYS if name in head), None)
     if key is None:
         raise InputError(f"{file}: has none of the columns {', '.join(_KEYS)}, but {', '.join(head)}")
@@ -155,6 +157,8 @@ def _parts(
             yield f"{column} {low:g} to {high:g}", np.flatnonzero(chosen)
         return
     kinds, kind = np.unique(texts, return_inverse=True)
+    if named and len(kinds) > _MOST_VALUES:
+        raise InputError(f"column {column} has {len(kinds)} values; conditions are for {_MOST_VALUES} at most")
     if not named and not 2 <= len(kinds) <= _MOST_VALUES:
         return
     sides = np.sort(np.stack([kind[trials.enrol], kind[trials.test]]), axis=0)

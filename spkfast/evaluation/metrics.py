@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -13,7 +13,11 @@ import torch
 
 from spkfast.errors import InputError, nearest
 
+# Passes resamples on and shows how many have come, as a progress bar does; gets them and their number.
+Watch = Callable[[Iterable[np.ndarray], int], Iterable[np.ndarray]]
+
 _CONFIDENCE = 0.95
+_FEWEST_RESAMPLES = 20
 
 
 class Eer(NamedTuple):
@@ -53,8 +57,8 @@ class Difference(NamedTuple):
         value: The difference; positive where the second system is worse.
         low: Lower end of the paired 95 % interval over speakers, or None with fewer than three speakers.
         high: Upper end.
-        p_value: Of the two-sided test that there is none: twice the share of resamples on the rarer side of 0, or None
-            without an interval. It is no less than two over the number of resamples and one.
+        p_value: Of the two-sided test that there is none: 1 less the confidence of the interval of that kind that ends
+            at 0, or two over the number of resamples and one, if that is more. None without an interval.
     """
 
     value: float
@@ -86,8 +90,8 @@ def error_rates(scores: Any, labels: Any, *, ties: str = "together") -> tuple[np
     Args:
         scores: Finite scores, higher for the same speaker, shape (trials,); numpy, torch or a sequence.
         labels: 1 (or True) for the same speaker, 0 for different ones, shape (trials,).
-        ties: ``together``; or ``in_order``: one after the other, as they stand in the list, which is how
-            voxceleb_trainer, ESPnet and wespeaker count them, and what no threshold can do.
+        ties: ``together``; or ``in_order``: one after the other, as they stand in the list, which no threshold can do,
+            but the detection costs of voxceleb_trainer and ESPnet do.
 
     Returns:
         Miss rate, false-alarm rate and threshold, each of shape (different scores + 1,), thresholds ascending from
@@ -131,7 +135,7 @@ def eer(
     Args:
         scores: Finite scores, higher for the same speaker, shape (trials,); numpy, torch or a sequence.
         labels: 1 (or True) for the same speaker, 0 for different ones, shape (trials,).
-        enrol_speakers: Speaker of the first side of each trial (any hashable names), shape (trials,).
+        enrol_speakers: Speaker of the first side of each trial, names or numbers, shape (trials,).
         test_speakers: Speaker of the second side.
         method: ``interp``, ``clova`` or ``speechbrain``.
         ties: As of :func:`error_rates`.
@@ -167,6 +171,7 @@ def estimates(
     test_speakers: Sequence[Any] | np.ndarray | None = None,
     num_resamples: int = 1000,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> dict[str, Estimate]:
     """Several figures of a list of trials, with 95 % bootstrap intervals over speakers where they are given.
 
@@ -187,6 +192,7 @@ def estimates(
         test_speakers: As of :func:`eer`.
         num_resamples: Bootstrap resamples, the same ones for all figures.
         seed: Of the resampling.
+        watch: Gets the resamples and their number, and passes them on, as a progress bar does.
 
     Returns:
         The figures by the name of the metric.
@@ -203,7 +209,7 @@ def estimates(
     speakers = _speakers(enrol_speakers, test_speakers, len(trials.target))
     if speakers is None:
         return {name: Estimate(value, None, None) for name, value in values.items()}
-    drawn = _resampled([trials], found, speakers, num_resamples, seed)
+    drawn = _resampled([trials], found, speakers, num_resamples, seed, watch)
     return {
         name: Estimate(value, *_interval(drawn[name][:, 0], value, speakers.total)) for name, value in values.items()
     }
@@ -219,6 +225,7 @@ def differences(
     test_speakers: Sequence[Any] | np.ndarray,
     num_resamples: int = 1000,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> dict[str, Difference]:
     """Figures of a second system minus those of a first one, with paired bootstrap intervals over speakers.
 
@@ -233,6 +240,7 @@ def differences(
         test_speakers: As of :func:`eer`.
         num_resamples: Bootstrap resamples.
         seed: Of the resampling.
+        watch: Gets the resamples and their number, and passes them on, as a progress bar does.
 
     Raises:
         InputError: As :func:`estimates`.
@@ -244,15 +252,17 @@ def differences(
     named = {"first_scores": first_scores, "second_scores": second_scores}
     systems = [_Trials(*_checked(scores, labels, name)) for name, scores in named.items()]
     speakers = _speakers(enrol_speakers, test_speakers, len(systems[0].target))
-    assert speakers is not None
-    drawn = _resampled(systems, found, speakers, num_resamples, seed)
+    if speakers is None:
+        raise InputError(
+            "enrol_speakers and test_speakers must be given: differences have no meaning without intervals"
+        )
+    drawn = _resampled(systems, found, speakers, num_resamples, seed, watch)
     result = {}
     for name, metric in found.items():
         first, second = (float(metric(_Drawn(system))) for system in systems)
         values = drawn[name][:, 1] - drawn[name][:, 0]
         low, high = _interval(values, second - first, speakers.total)
-        rarer = min((values <= 0).sum(), (values >= 0).sum())
-        p_value = None if low is None else min(1.0, 2 * (float(rarer) + 1) / (len(values) + 1))
+        p_value = None if low is None else _p_value(values, second - first, speakers.total)
         result[name] = Difference(second - first, low, high, p_value)
     return result
 
@@ -440,8 +450,8 @@ def _costs(p_target: float, c_miss: float = 1.0, c_fa: float = 1.0) -> tuple[flo
     """Cost of rejecting all targets and of accepting all nontargets."""
     if not 0 < p_target < 1:
         raise InputError(f"p_target must lie between 0 and 1, got {p_target}")
-    if not (c_miss > 0 and c_fa > 0):
-        raise InputError(f"c_miss and c_fa must be positive, got {c_miss} and {c_fa}")
+    if not (0 < c_miss < math.inf and 0 < c_fa < math.inf):
+        raise InputError(f"c_miss and c_fa must be positive and finite, got {c_miss} and {c_fa}")
     return c_miss * p_target, c_fa * (1 - p_target)
 
 
@@ -549,8 +559,8 @@ def _speakers(enrol: Any, test: Any, num_trials: int) -> _Speakers | None:
 
 def _draws(count: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each speaker was drawn, and 1 for nobody."""
-    if num_resamples < 1:
-        raise InputError(f"num_resamples must be at least 1, got {num_resamples}")
+    if num_resamples < _FEWEST_RESAMPLES:
+        raise InputError(f"num_resamples must be at least {_FEWEST_RESAMPLES}, got {num_resamples}")
     rng = np.random.default_rng(seed)
     for _ in range(num_resamples):
         yield np.append(np.bincount(rng.integers(count, size=count), minlength=count), 1).astype(float)
@@ -562,12 +572,14 @@ def _resampled(
     speakers: _Speakers,
     num_resamples: int,
     seed: int,
+    watch: Watch | None = None,
 ) -> dict[str, np.ndarray]:
     """Each metric of each system on the resamples that have targets and nontargets, shape (resamples, systems)."""
     rows: dict[str, list[list[float]]] = {name: [] for name in metrics}
     if speakers.total > 2:  # of two, one resample has both: an interval without width, which would claim certainty
         sides = [(speakers.first[system.order], speakers.second[system.order]) for system in systems]
-        for drawn in _draws(speakers.total, num_resamples, seed):
+        draws: Iterable[np.ndarray] = _draws(speakers.total, num_resamples, seed)
+        for drawn in watch(draws, num_resamples) if watch else draws:
             weighted = [
                 _Drawn(system, drawn[first] * drawn[second])
                 for system, (first, second) in zip(systems, sides, strict=True)
@@ -580,21 +592,37 @@ def _resampled(
 
 
 def _interval(values: np.ndarray, value: float, num_speakers: int) -> tuple[float | None, float | None]:
-    """Ends of the 95 % interval of a figure, from those of its resamples.
+    """Ends of the 95 % interval of a figure, from those of its resamples; None where these are too few.
 
     Plain quantiles of the resamples lie too close together with few speakers, and too low for rates, which few speakers
     tell too low. Hence the quantiles of Student instead of the normal ones, and those around the rank of the figure
     itself in place of the median: the expanded interval of Hesterberg with the bias correction of Efron.
     """
-    if not len(values):
+    if len(values) < _FEWEST_RESAMPLES:
         return None, None
-    normal = NormalDist()
     reach = math.sqrt(num_speakers / (num_speakers - 1)) * _student((1 + _CONFIDENCE) / 2, num_speakers - 1)
-    rank = ((values < value).mean() + (values <= value).mean()) / 2
-    least = 1 / (len(values) + 1)
-    shift = 2 * normal.inv_cdf(min(max(float(rank), least), 1 - least))
-    low, high = np.quantile(values, [normal.cdf(shift - reach), normal.cdf(shift + reach)])
+    shift = 2 * _deviation(values, value)
+    ends = [NormalDist().cdf(shift - reach), NormalDist().cdf(shift + reach)]
+    low, high = np.quantile(values, ends)
     return float(low), float(high)
+
+
+def _p_value(values: np.ndarray, value: float, num_speakers: int) -> float:
+    """How improbable 0 is for a figure: 1 less the confidence at which the interval of :func:`_interval` ends there."""
+    least = 2 / (len(values) + 1)  # that so many resamples can tell
+    if (values > 0).all() or (values < 0).all():
+        return least
+    reach = abs(_deviation(values, 0) - 2 * _deviation(values, value))
+    student = _scipy("stats", "t")
+    found = 2 * student.sf(reach / math.sqrt(num_speakers / (num_speakers - 1)), num_speakers - 1)
+    return max(least, float(found))
+
+
+def _deviation(values: np.ndarray, value: float) -> float:
+    """Rank of a value among others, as the quantile of a normal distribution."""
+    rank = float((values < value).mean() + (values <= value).mean()) / 2
+    least = 1 / (len(values) + 1)
+    return NormalDist().inv_cdf(min(max(rank, least), 1 - least))
 
 
 def _student(probability: float, degrees: int) -> float:
@@ -624,7 +652,10 @@ def _checked(scores: Any, labels: Any, name: str = "scores") -> tuple[np.ndarray
     score, label = (_numpy(value) for value in (scores, labels))
     if score.ndim != 1 or score.shape != label.shape:
         raise InputError(f"{name} and labels must have one shape (trials,), got {score.shape} and {label.shape}")
-    score = score.astype(np.float64)
+    try:
+        score = score.astype(np.float64)
+    except (ValueError, TypeError):
+        raise InputError(f"{name} must be numbers, got {score.dtype}") from None
     if not np.isfinite(score).all():
         raise InputError(
             f"{name} must be finite, got {score[~np.isfinite(score)][0]} for trial {_first(~np.isfinite(score))}"

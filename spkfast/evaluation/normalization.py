@@ -10,7 +10,7 @@ import torch
 
 from spkfast import functional
 from spkfast.errors import InputError
-from spkfast.evaluation.scoring import indexes, require_same_kind, unit_rows
+from spkfast.evaluation.scoring import index_of, indexes, require_same_kind, unit_rows
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -57,7 +57,7 @@ def cohort_statistics(
         raise InputError(f"top_n must lie in {least}..{len(of_cohort)}, the size of the cohort, got {count}")
     needed = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
     if index is not None:
-        needed = torch.zeros_like(needed).index_fill_(0, torch.as_tensor(index, device=unit.device), True)
+        needed = torch.zeros_like(needed).index_fill_(0, index_of(unit, "index", index), True)
     rows = needed.nonzero().flatten()
     mean, std = unit.new_full((2, len(unit)), torch.nan)
     for part in rows.split(max(1, _SCORES_AT_ONCE // len(of_cohort))):
@@ -89,7 +89,8 @@ def normalized(
         Shape (trials,), numpy for numpy scores, torch for torch.
 
     Raises:
-        InputError: If shapes disagree, an index lies outside, or a score is not finite.
+        InputError: If shapes disagree, an index lies outside, a score is not finite, or a row that is named has no
+            statistics.
     """
     if sides not in ("both", "enrol", "test"):
         raise InputError(f"sides must be one of both, enrol, test, got {sides!r}")
@@ -107,6 +108,8 @@ def normalized(
     for side in counted:
         found += (raw - mean[side]) * inverse[side]
     found /= len(counted)
+    if found.isnan().any():
+        raise InputError("statistics must have a mean and a deviation of every row that the trials name")
     return found if isinstance(scores, torch.Tensor) else found.numpy()
 
 

@@ -405,7 +405,7 @@ class Plda:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{os.fspath(path)}: not a PLDA model: {' '.join(str(error).split())}") from error
-        if facts.pop("kind", None) != "plda":
+        if not isinstance(facts, dict) or facts.pop("kind", None) != "plda":
             raise InputError(f"{os.fspath(path)}: not a PLDA model: safetensors of something else")
         version = facts.pop("format_version", None)
         if version != FORMAT_VERSION:

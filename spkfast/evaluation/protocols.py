@@ -81,13 +81,17 @@ class Crops:
 
     @classmethod
     def parse(cls, text: str) -> Crops:
-        """From ``whole``, ``10x4`` (ten crops of 4 s, voxceleb_trainer), or ``whole+5x3`` (TaoRuijie).
+        """From ``whole``, ``10x4`` (ten crops of 4 s), or ``whole+5x3`` (TaoRuijie).
+
+        voxceleb_trainer and ESPnet cut crops likewise, but score by distances instead of cosines: their error rates
+        differ in the last digits.
 
         Raises:
             InputError: If the text has another form.
         """
         match = re.fullmatch(r"(whole)?(?:(?:(?<=whole)\+|(?<!whole))(\d+)x(\d+(?:\.\d+)?))?", text)
-        if not text or match is None or match[2] == "0" or (match[3] is not None and float(match[3]) == 0):
+        empty = match is not None and match[2] is not None and not (int(match[2]) and float(match[3]))
+        if not text or match is None or empty:
             raise InputError(f"crops must be 'whole', '10x4' for ten of 4 seconds, or 'whole+5x3', got {text!r}")
         return cls(match[1] is not None, int(match[2] or 0), float(match[3] or 0))
 

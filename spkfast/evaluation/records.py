@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 
 from spkfast.data.lists import TrialList, speaker_of
 from spkfast.errors import InputError
-from spkfast.evaluation.metrics import Difference, Estimate, McNemar, differences, eer, estimates, mcnemar
+from spkfast.evaluation.metrics import Difference, Estimate, McNemar, Watch, differences, eer, estimates, mcnemar
 
 FORMAT_VERSION = 1
 
@@ -58,6 +59,7 @@ class ListResult:
             "targets": targets,
             "nontargets": len(self.labels) - targets,
             "speakers": self.num_speakers,
+            "scores_sha256": hashlib.sha256(np.ascontiguousarray(self.scores).tobytes()).hexdigest(),
             "eer_threshold": self.threshold,
             "metrics": {name: figure._asdict() for name, figure in self.figures.items()},
         }
@@ -71,6 +73,7 @@ def list_result(
     *,
     num_resamples: int = 1000,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> ListResult:
     """Figures of a trial list, with intervals where its paths begin with the speaker.
 
@@ -81,6 +84,7 @@ def list_result(
         metrics: As of :func:`spkfast.evaluation.estimates`.
         num_resamples: As of :func:`spkfast.evaluation.estimates`; 0 for no intervals.
         seed: Of the resampling.
+        watch: As of :func:`spkfast.evaluation.estimates`.
 
     Raises:
         InputError: As :func:`spkfast.evaluation.estimates`; or if the trials have no labels.
@@ -93,9 +97,11 @@ def list_result(
     sides: dict[str, Any] = {}
     if told and num_resamples:
         sides = {"enrol_speakers": first, "test_speakers": second, "num_resamples": num_resamples, "seed": seed}
+        sides["watch"] = watch
     try:
         figures = estimates(scores, trials.labels, metrics, **sides)
-        threshold = eer(scores, trials.labels).threshold
+        method = next((name.split(":")[1] for name in metrics if name.startswith("eer:")), "interp")
+        threshold = eer(scores, trials.labels, method="interp" if "eer" in metrics else method).threshold
     except InputError as error:
         raise InputError(f"{trials.source}: {error}") from error
     return ListResult(
@@ -165,17 +171,27 @@ def read_record(path: str | os.PathLike[str]) -> Record:
             raise InputError(
                 f"{file}: has format version {facts['format_version']}, this spkfast reads version {FORMAT_VERSION}"
             )
-        listed = facts["lists"]
+        if not isinstance(facts["lists"], list):
+            raise TypeError("no lists")
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not a record of spkfast evaluate --out") from error
     scores = _scores_of(file)
     if not scores.is_file():
         raise InputError(f"{scores}: is missing, which {file.name} was written with")
+    try:
+        lists = _lists(facts, scores)
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise InputError(f"{scores}: damaged, or not of {file.name}") from error
+    return Record(file, facts, lists)
+
+
+def _lists(facts: dict[str, Any], scores: Path) -> dict[str, ListResult]:
+    """Results by name, with the scores of a file."""
     lists = {}
     with np.load(scores) as arrays:
-        for k, row in enumerate(listed):
-            if len(arrays[f"scores_{k}"]) != row["trials"]:
-                raise InputError(f"{scores}: has other trials than {file.name}")
+        for k, row in enumerate(facts["lists"]):
+            if hashlib.sha256(arrays[f"scores_{k}"].tobytes()).hexdigest() != row["scores_sha256"]:
+                raise ValueError("other scores")
             sides = arrays.get(f"speakers_{k}")
             lists[row["name"]] = ListResult(
                 row["name"],
@@ -186,7 +202,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
                 row["eer_threshold"],
                 {name: Estimate(**figure) for name, figure in row["metrics"].items()},
             )
-    return Record(file, facts, lists)
+    return lists
 
 
 class Comparison(NamedTuple):
@@ -207,31 +223,33 @@ class Comparison(NamedTuple):
     mcnemar: McNemar
 
 
-def compare_records(first: Record, second: Record, *, num_resamples: int = 1000, seed: int = 0) -> list[Comparison]:
-    """Compares two systems on the lists that both were evaluated on, trial by trial.
+def compare_records(
+    first: Record, second: Record, *, num_resamples: int = 1000, seed: int = 0, watch: Watch | None = None
+) -> list[Comparison]:
+    """Compares two systems on the lists that both were evaluated on, trial by trial, by all metrics of either.
+
+    Lists are the same whose trials are, whatever their files are called.
 
     Args:
         first: From :func:`read_record`.
         second: From :func:`read_record`.
-        num_resamples: As of :func:`spkfast.evaluation.differences`.
+        num_resamples: As of :func:`spkfast.evaluation.differences`; 0 for no differences.
         seed: Of the resampling.
+        watch: As of :func:`spkfast.evaluation.estimates`.
 
     Raises:
-        InputError: If they have no list in common, or one of that name has other trials.
+        InputError: If they have no list in common.
     """
-    names = [name for name in first.lists if name in second.lists]
-    if not names:
-        raise InputError(
-            f"no list in common: {first.path} has {', '.join(first.lists)}, {second.path} {', '.join(second.lists)}"
-        )
+    same = {result.sha256: result for result in second.lists.values()}
+    pairs = [(result, same[result.sha256]) for result in first.lists.values() if result.sha256 in same]
+    if not pairs:
+        told = [f"{record.path} has {', '.join(record.lists)}" for record in (first, second)]
+        raise InputError(f"no list in common, none has the same trials: {', '.join(told)}")
     found = []
-    for name in names:
-        a, b = first.lists[name], second.lists[name]
-        if a.sha256 != b.sha256:
-            raise InputError(f"{name}: {first.path} and {second.path} have different trials under this name")
-        metrics = [metric for metric in a.figures if metric in b.figures]
+    for a, b in pairs:
+        metrics = list(dict.fromkeys([*a.figures, *b.figures]))
         changes = None
-        if a.speakers is not None:
+        if a.speakers is not None and num_resamples:
             changes = differences(
                 a.scores,
                 b.scores,
@@ -241,9 +259,11 @@ def compare_records(first: Record, second: Record, *, num_resamples: int = 1000,
                 test_speakers=a.speakers[1],
                 num_resamples=num_resamples,
                 seed=seed,
+                watch=watch,
             )
         alone = mcnemar(a.scores, b.scores, a.labels, first_threshold=a.threshold, second_threshold=b.threshold)
-        figures = [{metric: result.figures[metric] for metric in metrics} for result in (a, b)]
+        figures = [estimates(result.scores, result.labels, metrics) for result in (a, b)]
+        name = a.name if a.name == b.name else f"{a.name} / {b.name}"
         found.append(Comparison(name, figures[0], figures[1], changes, alone))
     return found
 

@@ -76,13 +76,20 @@ def indexes(rows: torch.Tensor, enrol_index: Any, test_index: Any) -> tuple[torc
     for name, side in zip(("enrol_index", "test_index"), sides, strict=True):
         if side.ndim != 1 or len(side) != len(sides[0]):
             raise InputError(f"{name} must have shape (trials,), got {tuple(side.shape)}")
-        if side.is_floating_point() or side.dtype == torch.bool:
-            raise InputError(f"{name} must hold integers, got {side.dtype}")
-        if len(side):
-            low, high = (int(end) for end in side.aminmax())
-            if low < 0 or high >= len(rows):
-                raise InputError(f"{name} must lie in [0, {len(rows)}), got {low} to {high}")
-    return sides[0].long(), sides[1].long()
+    return index_of(rows, "enrol_index", sides[0]), index_of(rows, "test_index", sides[1])
+
+
+def index_of(rows: torch.Tensor, name: str, index: Any) -> torch.Tensor:
+    """Rows as int64 on their device; refuses what is none."""
+    found = torch.as_tensor(index, device=rows.device)
+    if found.ndim != 1 or found.is_floating_point() or found.dtype == torch.bool:
+        raise InputError(f"{name} must hold integers, shape (n,), got {found.dtype} {tuple(found.shape)}")
+    found = found.long()
+    if len(found):
+        low, high = (int(end) for end in found.aminmax())
+        if low < 0 or high >= len(rows):
+            raise InputError(f"{name} must lie in [0, {len(rows)}), got {low} to {high}")
+    return found
 
 
 def paired(a: torch.Tensor, b: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -438,7 +438,10 @@ def test_evaluate_bad_input(spkfast, model, data):
         (["--scored", "s", "--histogram", "h.txt"], "--histogram must end with .png"),
         (["--scored", "s", "--protocol", "vox2"], "unknown protocol 'vox2' (did you mean 'vox"),
         (["--model", "m", "--data", "d", "--crops", "4"], "crops must be 'whole', '10x4' for ten of 4 seconds"),
-        (["--scored", "s", "--resamples", "-3"], "argument --resamples: must be a whole number, got -3"),
+        (
+            ["--scored", "s", "--resamples", "-3"],
+            "argument --resamples: must be 0 or a whole number from 20 on, got -3",
+        ),
         (["--compare", "a.json", "b.json"], "a.json: no such file"),
         (["--model", "m"], "--model and --data go together"),
         (["--embeddings", "x.npz"], "--trials is needed with --embeddings"),

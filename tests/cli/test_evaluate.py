@@ -59,11 +59,8 @@ def test_metrics_and_threshold_of_scored_lists(scored, spkfast):
 
 def test_records_compare_trial_by_trial(scored, spkfast):
     for name in ("good", "poor"):
-        path = scored / name / "trials.txt"
-        path.rename(scored / "trials.txt")  # a list is known by its name
-        done = spkfast("evaluate", "--scored", scored / "trials.txt", "--out", scored / f"{name}.json")
+        done = spkfast("evaluate", "--scored", scored / name / "trials.txt", "--out", scored / f"{name}.json")
         assert done.status == 0
-        (scored / "trials.txt").rename(path)
     record = json.loads((scored / "good.json").read_text())
     assert record["resamples"] == 1000 and record["versions"]["spkfast"] and len(record["lists"][0]["sha256"]) == 64
     found = result(spkfast, "--compare", scored / "good.json", scored / "poor.json")["lists"][0]
@@ -81,6 +78,8 @@ def test_records_compare_trial_by_trial(scored, spkfast):
     assert found["mcnemar"] == alone._asdict() and alone.second_alone > alone.first_alone
     out = spkfast("evaluate", "--compare", scored / "good.json", scored / "poor.json").out
     assert "EER %" in out and "McNemar" in out
+    plain = result(spkfast, "--compare", scored / "good.json", scored / "poor.json", "--resamples", "0")["lists"][0]
+    assert plain["differences"] is None and plain["first"] == found["first"]
     same = result(spkfast, "--compare", scored / "good.json", scored / "good.json")["lists"][0]
     assert same["differences"]["eer"] == {"value": 0, "low": 0, "high": 0, "p_value": 1}
 
@@ -92,9 +91,12 @@ def test_records_of_other_trials_do_not_compare(scored, spkfast):
     path.write_text("".join(lines[1:]))
     assert spkfast("evaluate", "--scored", path, "--out", scored / "b.json").status == 0
     error = spkfast("evaluate", "--compare", scored / "a.json", scored / "b.json").error
-    assert error.endswith("have different trials under this name")
-    spkfast("evaluate", "--scored", scored / "poor/trials.txt", "--out", scored / "c.json")
-    assert "no list in common" in spkfast("evaluate", "--compare", scored / "a.json", scored / "c.json").error
+    assert "no list in common, none has the same trials" in error
+    whole = (scored / "a.scores.npz").read_bytes()
+    for damaged in (whole[:100], (scored / "b.scores.npz").read_bytes(), b""):
+        (scored / "a.scores.npz").write_bytes(damaged)
+        error = spkfast("evaluate", "--compare", scored / "a.json", scored / "b.json").error
+        assert "a.scores.npz: damaged, or not of a.json" in error
     (scored / "a.scores.npz").unlink()
     assert "a.scores.npz: is missing" in spkfast("evaluate", "--compare", scored / "a.json", scored / "b.json").error
     (scored / "d.json").write_text("{}")
@@ -107,6 +109,8 @@ def test_facts_that_differ_are_told(scored, spkfast):
     spkfast("evaluate", "--scored", path, "--method", "clova", "--metrics", "eer", "cllr", "--out", scored / "b.json")
     found = result(spkfast, "--compare", scored / "a.json", scored / "b.json")
     assert found["differ_in"] == {"method": ["interp", "clova"]}
+    # All metrics of either, since the scores are there.
+    assert [*found["lists"][0]["differences"]] == ["eer", "min_dcf:0.01", "eer:clova", "cllr"]
 
 
 def test_conditions(scored, spkfast):
@@ -142,6 +146,7 @@ def test_conditions(scored, spkfast):
     for content, message in (
         ("", "the table is empty"),
         ("name,gender\nx,f\n", "has none of the columns path, utterance"),
+        ("path,gender,gender\nx,f,m\n", "has a column twice"),
         ("path,gender\nx,f\nx,f\n", "table.csv:3: x is there twice"),
         ("path,gender\nx\n", "table.csv:2: expected 2 columns, got 1"),
         ("path,gender\nx,f\n", "the trials name this path, but the table has no gender of it"),
@@ -187,7 +192,7 @@ def test_short_audio_is_repeated_for_crops():
     assert [part.tolist() for part in crops.cut(np.arange(3), 10)] == [[0, 1, 2, 0, 1]] * 2
     assert [part.tolist() for part in crops.cut(np.arange(8), 10)] == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]]
     assert str(Crops.parse("whole+5x3")) == "whole+5x3" and str(Crops.parse("whole")) == "whole"
-    for text in ("", "0x4", "4", "whole5x3", "5x0", "+5x3", "5x3+whole"):
+    for text in ("", "0x4", "00x4", "4", "whole5x3", "5x0", "+5x3", "5x3+whole"):
         with pytest.raises(ValueError, match="crops must be"):
             Crops.parse(text)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spkfast.errors import InputError
-from spkfast.evaluation import as_norm, cohort_statistics, cosine_scores, s_norm, t_norm, z_norm
+from spkfast.evaluation import as_norm, cohort_statistics, cosine_scores, normalized, s_norm, t_norm, z_norm
 
 
 def rows(count, size=8, seed=0):
@@ -108,6 +108,20 @@ def test_torch_gives_torch():
     assert isinstance(found, torch.Tensor) and isinstance(want, np.ndarray)
     np.testing.assert_array_equal(found.numpy(), want)
     assert isinstance(cohort_statistics(torch.tensor(embeddings), torch.tensor(cohort)).mean, torch.Tensor)
+
+
+def test_statistics_of_some_rows():
+    embeddings, cohort = rows(6), rows(20, seed=2)
+    every = cohort_statistics(embeddings, cohort, top_n=5)
+    some = cohort_statistics(embeddings, cohort, top_n=5, index=np.array([4, 1, 4], dtype=np.uint16))
+    assert np.isnan(some.mean[[0, 2, 3, 5]]).all()
+    np.testing.assert_allclose(some.std[[1, 4]], every.std[[1, 4]], rtol=1e-14)
+    assert np.isfinite(normalized(np.array([0.1]), [1], [4], some)).all()
+    with pytest.raises(InputError, match="statistics must have a mean and a deviation of every row"):
+        normalized(np.array([0.1]), [1], [2], some)
+    for index, message in (([6], r"index must lie in \[0, 6\)"), ([-1], "index must lie in"), ([0.5], "hold integers")):
+        with pytest.raises(InputError, match=message):
+            cohort_statistics(embeddings, cohort, index=index)
 
 
 @pytest.mark.parametrize(

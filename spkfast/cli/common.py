@@ -234,6 +234,24 @@ def print_result(result: dict[str, Any], as_json: bool, shown: dict[str, Any] | 
         print("\n".join(_plain(shown or result)))
 
 
+def speakers_of_keys(file: str | None, keys: Iterable[str]) -> dict[str, str]:
+    """Speaker of each key: what the file of ``--speakers`` says, else the first component of a path.
+
+    Raises:
+        InputError: If the file cannot be read, or neither tells the speaker of a key.
+    """
+    from spkfast.data.lists import speaker_of
+    from spkfast.data.manifests import read_speakers
+
+    told = read_speakers(file) if file is not None else {}
+    found = {}
+    for key in keys:
+        if key not in told and (key.startswith("/") or "/" not in key):
+            raise InputError(f"{key}: does not begin with the folder of its speaker; --speakers FILE tells it")
+        found[key] = told.get(key) or speaker_of(key)
+    return found
+
+
 def rates(result: TrialResult) -> dict[str, Any]:
     """Error rate with its interval in percent, and detection cost, as every command names them in JSON."""
     value, _, low, high = result.eer

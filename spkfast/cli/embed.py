@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from spkfast.cli.common import (
     load_encoder,
     print_result,
     progress,
+    speakers_of_keys,
 )
 from spkfast.data.embeddings import (
     StoredEmbeddings,
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
     encoder = load_encoder(args.model, args.precision)
     model, frontend = encoder.fingerprint, encoder.frontend.hash
     known, known_sources = _earlier(work, model, sources) if work.exists() else ({}, {})
-    speakers = _speakers(args.speakers, {**files, **known}) if args.speaker_means else {}
+    speakers = speakers_of_keys(args.speakers, {**files, **known}) if args.speaker_means else {}
     sources = {**known_sources, **sources}
     waiting = {key: path for key, path in files.items() if key not in known}
     started = saved = time.monotonic()
@@ -150,20 +150,6 @@ def _refuse_existing(path: Path, reason: str) -> None:
     for file in embedding_files(path):
         if file.exists():
             raise InputError(f"{file}: is there already, {reason}; name another file or remove it")
-
-
-def _speakers(file: str | None, keys: Iterable[str]) -> dict[str, str]:
-    """Speaker of each key: what the file says, else the first component of a path."""
-    from spkfast.data.lists import speaker_of
-    from spkfast.data.manifests import read_speakers
-
-    told = read_speakers(file) if file is not None else {}
-    found = {}
-    for key in keys:
-        if key not in told and (key.startswith("/") or "/" not in key):
-            raise InputError(f"{key}: does not begin with the folder of its speaker; --speakers FILE tells it")
-        found[key] = told.get(key) or speaker_of(key)
-    return found
 
 
 def _save_means(path: Path, stored: StoredEmbeddings, speakers: dict[str, str]) -> int:

@@ -85,6 +85,7 @@ def main(argv: list[str]) -> None:
         return
     _check(parser, args)
 
+    from spkfast.evaluation.metrics import check_metrics
     from spkfast.evaluation.protocols import Crops, find_protocol
     from spkfast.evaluation.records import list_result, write_record
 
@@ -93,6 +94,8 @@ def main(argv: list[str]) -> None:
     metrics = tuple(args.metrics or (protocol.metrics if protocol else _METRICS))
     if args.method:
         metrics = tuple(f"eer:{args.method}" if name == "eer" else name for name in metrics)
+    check_metrics(metrics)
+    metadata = _metadata(args)
     started = time.monotonic()
     lists = _lists(args, protocol)
     facts, scores = _scores(args, lists, crops)
@@ -100,7 +103,7 @@ def main(argv: list[str]) -> None:
         list_result(name, trials, scores[name], metrics, num_resamples=args.resamples, watch=_watch)
         for name, trials in lists.items()
     ]
-    conditions = _conditions(args, lists, results, metrics)
+    conditions = _conditions(args, metadata, lists, results, metrics)
     if args.scores:
         with open(args.scores, "w", encoding="utf-8") as file:
             for name, trials in lists.items():
@@ -190,7 +193,8 @@ def _scores(args: Any, lists: dict[str, TrialList], crops: Any) -> tuple[dict[st
         from spkfast.data.embeddings import read_embeddings
 
         stored = read_embeddings(args.embeddings)
-        keys, unit = stored.keys, unit_rows(stored.embeddings)
+        rows = np.unique(np.concatenate([side for trials in lists.values() for side in trials.rows(stored.keys)]))
+        keys, unit = [stored.keys[row] for row in rows.tolist()], unit_rows(stored.embeddings[rows])
         facts = {"scoring": "cosine", "model": {"fingerprint": stored.model}, "frontend": stored.frontend}
     else:
         keys = list(dict.fromkeys(path for trials in lists.values() for path in trial_paths(trials)))
@@ -229,14 +233,26 @@ def _embed(args: Any, paths: list[str], crops: Any) -> tuple[np.ndarray, dict[st
     return vectors, facts
 
 
+def _metadata(args: Any) -> dict[str, dict[str, str]]:
+    """Columns of the table of conditions."""
+    from spkfast.evaluation.conditions import check_columns, read_metadata
+
+    metadata = read_metadata(args.by) if args.by else {}
+    check_columns(args.columns or (), metadata)
+    return metadata
+
+
 def _conditions(
-    args: Any, lists: dict[str, TrialList], results: list[ListResult], metrics: tuple[str, ...]
+    args: Any,
+    metadata: dict[str, dict[str, str]],
+    lists: dict[str, TrialList],
+    results: list[ListResult],
+    metrics: tuple[str, ...],
 ) -> dict[str, list[Condition]]:
     if not args.by:
         return {}
-    from spkfast.evaluation.conditions import by_condition, read_metadata
+    from spkfast.evaluation.conditions import by_condition
 
-    metadata = read_metadata(args.by)
     return {
         result.name: by_condition(
             lists[result.name],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from spkfast.cli.common import Parser, add_json, print_result
+from spkfast.cli.common import Parser, add_json, print_result, speakers_of_keys
 from spkfast.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 HELP = "scores of a trial list: cosine or PLDA, AS-norm, S-norm, calibration, QMF"
 
 _TOP_N = 300
+_WAY = "; scores by "
+_NOT_SCORES = (".safetensors", ".npz", ".parquet", ".ark", ".scp", ".json")
 _EMBEDDINGS_HELP = "as 'spkfast embed' writes them: .safetensors, .npz, .npy, .parquet, .scp, .ark or a folder"
 
 
@@ -36,6 +38,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--enrol", metavar="SPK2UTT", help="lines 'name utterance ...': averages for the first sides")
     parser.add_argument("--plda", metavar="FILE", help="score with this model of spkfast or of Kaldi, not by cosine")
+    parser.add_argument("--plda-mean", metavar="FILE", help="Kaldi's mean.vec, which is subtracted before that model")
+    parser.add_argument("--plda-transform", metavar="FILE", help="Kaldi's transform.mat, applied before that model")
     parser.add_argument("--norm", choices=("as", "s", "z", "t"), help="normalise with the cohort; 'as' is adaptive")
     parser.add_argument("--cohort", metavar="EMBEDDINGS", help="of the cohort, for --norm")
     parser.add_argument(
@@ -69,12 +73,12 @@ def main(argv: list[str]) -> None:
     model = stored.model
     read = time.monotonic()
     mean = _mean(args, model)
-    matrix, enrol, test = _sides(args, trials, stored, mean)
-    scores = _raw(args, model, matrix, enrol, test)
+    used = _used(args, trials, stored, mean)
+    scores = _raw(args, model, used)
     cohort_means = None
     if args.norm:
-        scores, cohort_means = _normalised(args, model, mean, matrix, enrol, test, scores)
-    scores = _calibrated(args, trials, scores, enrol, test, matrix, cohort_means)
+        scores, cohort_means = _normalised(args, model, mean, used, scores)
+    scores = _calibrated(args, model, trials, scores, used, cohort_means)
     scored = time.monotonic()
     _write(Path(args.out), trials, scores)
     result = {
@@ -95,17 +99,29 @@ def _check(parser: Parser, args: Any) -> None:
     if bool(args.norm) != bool(args.cohort):
         parser.error("--norm and --cohort go together")
     for option in ("top_n", "unbiased", "cohort_means"):
-        if getattr(args, option) and not args.norm:
+        if getattr(args, option) not in (None, False) and not args.norm:
             parser.error(f"--{option.replace('_', '-')} needs --norm")
+    out = Path(args.out)
+    if out.suffix in _NOT_SCORES or out.is_dir():
+        parser.error(f"--out must be a text file or end with .npy, got {args.out}")
+    inputs = ("trials", "embeddings", "enrol", "plda", "plda_mean", "plda_transform", "cohort", "speakers", "mean")
+    for name in (*inputs, "calibration", "qmf", "durations", "fit_calibration", "fit_qmf"):
+        path = getattr(args, name)
+        if path and (args.out == path or (out.is_file() and Path(path).exists() and out.samefile(path))):
+            parser.error(f"--out {args.out} is what {path} is: name another file")
     if args.speakers and not args.cohort_means:
         parser.error("--speakers needs --cohort-means")
     if args.plda and (args.norm or args.mean):
-        parser.error("--plda has its own mean and no cohort: leave --mean and --norm out")
+        parser.error("--plda goes without --norm, which is for cosines, and without --mean: see --plda-mean")
+    if (args.plda_mean or args.plda_transform) and (not args.plda or Path(args.plda).suffix == ".safetensors"):
+        parser.error("--plda-mean and --plda-transform go with a file of Kaldi in --plda")
     given = [name for name in ("calibration", "fit_calibration", "qmf", "fit_qmf") if getattr(args, name)]
     if len(given) > 1:
         parser.error(f"--{given[0].replace('_', '-')} and --{given[1].replace('_', '-')} exclude each other")
     if (args.qmf or args.fit_qmf) and not args.norm:
         parser.error("quality measures need --norm and --cohort: the mean of the cohort is one of them")
+    if (args.qmf or args.fit_qmf) and args.enrol:
+        parser.error("quality measures are of single utterances: leave --enrol out")
     if args.durations and not (args.qmf or args.fit_qmf):
         parser.error("--durations needs --qmf or --fit-qmf")
 
@@ -134,48 +150,101 @@ def _less(embeddings: np.ndarray, mean: Any) -> np.ndarray:
     return embeddings - mean
 
 
-def _sides(
-    args: Any, trials: TrialList, stored: StoredEmbeddings, mean: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeddings, and the row of each side of each trial; averages stand after the utterances."""
+class _Trials(NamedTuple):
+    """Embeddings that the trials use, and where both sides of each trial are among them.
+
+    Attributes:
+        embeddings: Shape (U, E): utterances, then averages where speakers were enrolled.
+        enrol: Row of the first side of each trial.
+        test: Row of the second side.
+        num_utterances: How many utterances each row is the average of, shape (U,).
+    """
+
+    embeddings: np.ndarray
+    enrol: np.ndarray
+    test: np.ndarray
+    num_utterances: np.ndarray
+
+
+def _used(args: Any, trials: TrialList, stored: StoredEmbeddings, mean: Any) -> _Trials:
+    """What the trials use of the stored embeddings, which may be many more."""
     import numpy as np
 
-    from spkfast.evaluation import enrol, read_spk2utt
+    from spkfast.evaluation import enrol
 
-    matrix = _less(stored.embeddings, mean)
-    if not args.enrol:
-        first, tests = trials.rows(stored.keys)
-        return matrix, first, tests
-    utterances = read_spk2utt(args.enrol)
-    names, models = enrol(matrix, {name: stored.rows(those) for name, those in utterances.items()})
-    place = {name: len(matrix) + k for k, name in enumerate(names)}
-    of_name = [place.get(name, -1) for name in trials.names]
-    first = np.array(of_name)[trials.enrol]
-    if (first < 0).any():
-        at = int(np.argmax(first < 0))
-        raise InputError(
-            f"{trials.names[trials.enrol[at]]}: {trials.where(at)} enrols this name, but {args.enrol} does not have it"
-        )
     (tests,) = trials.rows(stored.keys, "test")
-    return np.concatenate([matrix, models]), first, tests
+    if not args.enrol:
+        (enrolled,) = trials.rows(stored.keys, "enrol")
+        used, place = np.unique(np.concatenate([enrolled, tests]), return_inverse=True)
+        rows = _checked(args.embeddings, stored, used, mean)
+        return _Trials(rows, place[: len(trials)], place[len(trials) :], np.ones(len(rows), dtype=np.int64))
+    groups, sides = _enrolment(args, trials, stored)
+    used, place = np.unique(np.concatenate([tests, *groups.values()]), return_inverse=True)
+    rows = _checked(args.embeddings, stored, used, mean)
+    row = dict(zip(used.tolist(), range(len(used)), strict=True))
+    placed = {name: np.array([row[k] for k in group.tolist()]) for name, group in groups.items()}
+    # PLDA knows how many utterances an average has, and that of raw embeddings, as Kaldi takes it.
+    _, models = enrol(rows, placed, normalize=not args.plda)
+    counts = [len(group) for group in groups.values()]
+    return _Trials(
+        np.concatenate([rows, models]),
+        len(rows) + sides,
+        place[: len(tests)],
+        np.concatenate([np.ones(len(rows), dtype=np.int64), counts]),
+    )
 
 
-def _raw(args: Any, model: str | None, matrix: np.ndarray, enrol: np.ndarray, test: np.ndarray) -> np.ndarray:
+def _enrolment(args: Any, trials: TrialList, stored: StoredEmbeddings) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Rows of each speaker that a trial enrols, and the place of each trial's among them."""
+    import numpy as np
+
+    from spkfast.evaluation import read_spk2utt
+
+    utterances = read_spk2utt(args.enrol)
+    place: dict[str, int] = {}
+    of_name = np.full(len(trials.names), -1)
+    for k in np.unique(trials.enrol).tolist():
+        name = trials.names[k]
+        if name not in utterances:
+            at = int(np.argmax(trials.enrol == k))
+            raise InputError(f"{name}: {trials.where(at)} enrols this name, but {args.enrol} does not have it")
+        of_name[k] = place.setdefault(name, len(place))
+    try:
+        groups = {name: stored.rows(utterances[name]) for name in place}
+    except InputError as error:
+        raise InputError(f"{args.enrol}: {error}") from error
+    return groups, of_name[trials.enrol]
+
+
+def _checked(file: str, stored: StoredEmbeddings, rows: np.ndarray, mean: Any) -> np.ndarray:
+    """Those rows, less the mean; refuses what has no direction, by its key."""
+    import numpy as np
+
+    found = _less(stored.embeddings[rows], mean)
+    norms = np.linalg.norm(found, axis=1)
+    wrong = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    if len(wrong):
+        raise InputError(f"{file}: the embedding of {stored.keys[rows[wrong[0]]]} must be finite and not zero")
+    return found
+
+
+def _raw(args: Any, model: str | None, used: _Trials) -> np.ndarray:
     from spkfast.evaluation import Plda, cosine_scores
 
     if not args.plda:
-        return cosine_scores(matrix, enrol, test)
-    plda = Plda.load(args.plda) if Path(args.plda).suffix == ".safetensors" else Plda.from_kaldi(args.plda)
+        return cosine_scores(used.embeddings, used.enrol, used.test)
+    if Path(args.plda).suffix == ".safetensors":
+        plda = Plda.load(args.plda)
+    else:
+        plda = Plda.from_kaldi(args.plda, mean=args.plda_mean, transform=args.plda_transform)
     _same_model(args.plda, plda.model, model)
-    return plda.scores(matrix, enrol, test)
+    return plda.scores(used.embeddings, used.enrol, used.test, num_enrol=used.num_utterances)
 
 
 def _normalised(
-    args: Any, model: str | None, mean: Any, matrix: np.ndarray, enrol: np.ndarray, test: np.ndarray, scores: np.ndarray
+    args: Any, model: str | None, mean: Any, used: _Trials, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Normalised scores, and the mean score of each embedding with the cohort."""
-    import numpy as np
-
     from spkfast.data.embeddings import read_embeddings
     from spkfast.evaluation import cohort_statistics, normalized
     from spkfast.evaluation import enrol as averaged
@@ -184,82 +253,81 @@ def _normalised(
     _same_model(args.cohort, stored.model, model)
     cohort = _less(stored.embeddings, mean)
     if args.cohort_means:
-        from spkfast.data.lists import speaker_of
-        from spkfast.data.manifests import read_speakers
-
-        told = read_speakers(args.speakers) if args.speakers else {}
-        cohort = averaged(cohort, [told.get(key) or speaker_of(key) for key in stored.keys], normalize=False)[1]
-    top_n = args.top_n or (_TOP_N if args.norm == "as" else None)
-    used = np.concatenate([enrol, test])
-    statistics = cohort_statistics(matrix, cohort, top_n=top_n, unbiased=args.unbiased, index=used)
+        speakers = speakers_of_keys(args.speakers, stored.keys)
+        cohort = averaged(cohort, [speakers[key] for key in stored.keys], normalize=False)[1]
+    if args.top_n is None and args.norm == "as" and len(cohort) < _TOP_N:
+        raise InputError(f"{args.cohort}: the cohort has {len(cohort)}, of which {_TOP_N} would count: give --top-n")
+    statistics = cohort_statistics(used.embeddings, cohort, top_n=_top_n(args), unbiased=args.unbiased)
     sides = {"z": "enrol", "t": "test"}.get(args.norm, "both")
-    return normalized(scores, enrol, test, statistics, sides=sides), statistics.mean
+    return normalized(scores, used.enrol, used.test, statistics, sides=sides), statistics.mean
+
+
+def _top_n(args: Any) -> int | None:
+    return _TOP_N if args.top_n is None and args.norm == "as" else args.top_n
 
 
 def _calibrated(
-    args: Any,
-    trials: TrialList,
-    scores: np.ndarray,
-    enrol: np.ndarray,
-    test: np.ndarray,
-    matrix: np.ndarray,
-    cohort_means: Any,
+    args: Any, model: str | None, trials: TrialList, scores: np.ndarray, used: _Trials, cohort_means: Any
 ) -> np.ndarray:
+    import numpy as np
+
     from spkfast.evaluation import LogisticCalibration, Qmf, wespeaker_quality
 
-    if args.calibration:
-        return LogisticCalibration.load(args.calibration).apply(scores)
-    if args.fit_calibration:
-        calibration = LogisticCalibration.fit(scores, trials.labels, description=args.trials)
-        calibration.save(args.fit_calibration)
-        return calibration.apply(scores)
-    if not (args.qmf or args.fit_qmf):
-        return scores
+    kind = Qmf if args.qmf or args.fit_qmf else LogisticCalibration
+    inputs: Any = scores
+    if kind is Qmf:
+        inputs = wespeaker_quality(
+            scores,
+            used.enrol,
+            used.test,
+            magnitudes=np.linalg.norm(used.embeddings, axis=1),
+            cohort_means=cohort_means,
+            durations_s=_durations(args, trials, used) if args.durations else None,
+        )
+    # How the scores came about, so that what was learnt on others is not applied to them.
+    way = f"{'PLDA' if args.plda else 'cosine'}, norm {args.norm}, top {_top_n(args)}, model {model}"
+    if given := args.calibration or args.qmf:
+        fitted = kind.load(given)
+        if kind is Qmf and len(fitted.weights) != inputs.shape[1]:
+            with_durations = "without --durations" if args.durations else "with --durations, or by another toolkit's"
+            raise InputError(
+                f"{given}: has {len(fitted.weights)} weights for {inputs.shape[1]} measures: learnt {with_durations}"
+            )
+        told = str((fitted.fitted_on or {}).get("description", "")).partition(_WAY)[2]
+        if told and told != way:
+            raise InputError(f"{given}: was learnt on scores by {told}; these are by {way}")
+        return fitted.apply(inputs)
+    if target := args.fit_calibration or args.fit_qmf:
+        fitted = kind.fit(inputs, trials.labels, description=f"{args.trials}{_WAY}{way}")
+        fitted.save(target)
+        return fitted.apply(inputs)
+    return scores
+
+
+def _durations(args: Any, trials: TrialList, used: _Trials) -> np.ndarray:
+    """Seconds of each embedding."""
     import numpy as np
 
-    used = np.unique(np.concatenate([enrol, test]))  # others have no cohort mean
-    place = np.zeros(len(matrix), dtype=np.int64)
-    place[used] = np.arange(len(used))
-    durations = _durations(args, trials, enrol, test, len(matrix)) if args.durations else None
-    features = wespeaker_quality(
-        scores,
-        place[enrol],
-        place[test],
-        magnitudes=np.linalg.norm(matrix[used], axis=1),
-        cohort_means=cohort_means[used],
-        durations_s=None if durations is None else durations[used],
-    )
-    if args.qmf:
-        return Qmf.load(args.qmf).apply(features)
-    qmf = Qmf.fit(features, trials.labels, description=args.trials)
-    qmf.save(args.fit_qmf)
-    return qmf.apply(features)
+    from spkfast.data.manifests import read_durations
 
-
-def _durations(args: Any, trials: TrialList, enrol: np.ndarray, test: np.ndarray, rows: int) -> np.ndarray:
-    """Seconds of each embedding that a trial uses."""
-    import numpy as np
-
-    from spkfast.data.manifests import read_speakers as read_pairs
-
-    seconds = read_pairs(args.durations)
-    of_name = np.ones(len(trials.names))
-    for k, name in enumerate(trials.names):
-        try:
-            of_name[k] = float(seconds[name])
-        except KeyError:
-            raise InputError(f"{args.durations}: has no duration of {name}, which the trials name") from None
-        except ValueError:
-            raise InputError(f"{args.durations}: the duration of {name} is no number: {seconds[name]!r}") from None
-    of_row = np.ones(rows)
-    of_row[enrol], of_row[test] = of_name[trials.enrol], of_name[trials.test]
+    seconds = read_durations(args.durations)
+    missing = next((name for name in trials.names if name not in seconds), None)
+    if missing is not None:
+        raise InputError(f"{args.durations}: has no duration of {missing}, which the trials name")
+    of_name = np.array([seconds[name] for name in trials.names])
+    of_row = np.ones(len(used.embeddings))
+    of_row[used.enrol], of_row[used.test] = of_name[trials.enrol], of_name[trials.test]
     return of_row
 
 
 def _write(path: Path, trials: TrialList, scores: np.ndarray) -> None:
-    """The scores, in a file that is whole or not there."""
+    """The scores, in a file that is whole or not there; into a device or pipe straight."""
     import numpy as np
 
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as text:
+            text.writelines(f"{line}\n" for line in trials.text(scores))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:

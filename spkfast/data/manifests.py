@@ -252,6 +252,27 @@ def read_speakers(file: str | os.PathLike[str]) -> dict[str, str]:
     return {utterance: speaker for utterance, (_, speaker) in _pairs(file, "utterance speaker", repeats=True).items()}
 
 
+def read_durations(file: str | os.PathLike[str]) -> dict[str, float]:
+    """Seconds of each utterance, from lines ``utterance seconds``.
+
+    Raises:
+        InputError: If the file is missing, a line has other columns, or a duration is no positive number.
+    """
+    file = os.fspath(file)
+    if not os.path.isfile(file):
+        raise InputError(f"{file}: no such file of durations")
+    found = {}
+    for utterance, (number, text) in _pairs(file, "utterance seconds").items():
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            raise InputError(f"{file}:{number}: the duration of {utterance} must be a positive number, got {text!r}")
+        found[utterance] = seconds
+    return found
+
+
 def _is_audio(path: str) -> bool:
     return path.lower().endswith(AUDIO_SUFFIXES)
 

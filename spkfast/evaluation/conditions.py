@@ -82,6 +82,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     return found
 
 
+def check_columns(columns: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    """Refuses columns that metadata does not have."""
+    for column in columns:
+        if column not in metadata:
+            raise InputError(
+                f"unknown column {column!r}{nearest(column, list(metadata))}; known: {', '.join(metadata)}"
+            )
+
+
 def by_condition(
     trials: TrialList,
     scores: np.ndarray,
@@ -113,13 +122,10 @@ def by_condition(
     """
     if trials.labels is None:
         raise InputError(f"{trials.source}: the trials have no labels")
-    for column in columns:
-        if column not in metadata:
-            raise InputError(
-                f"unknown column {column!r}{nearest(column, list(metadata))}; known: {', '.join(metadata)}"
-            )
+    check_columns(columns, metadata)
     rows = []
     for column in columns or metadata:
+        of_column = []
         for name, chosen in _parts(trials, column, metadata[column], named=bool(columns)):
             labels = trials.labels[chosen]
             targets, total = int(labels.sum()), len(labels)
@@ -135,7 +141,10 @@ def by_condition(
                     num_resamples=num_resamples,
                     seed=seed,
                 )
-            rows.append(Condition(name, targets, total - targets, figures))
+            of_column.append(Condition(name, targets, total - targets, figures))
+        # Such as the speaker, of which no value has both kinds of trial.
+        if columns or any(one.figures for one in of_column):
+            rows += of_column
     return rows
 
 
@@ -154,7 +163,7 @@ def _parts(
         for low, high in itertools.pairwise(edges):
             last = high == edges[-1]
             chosen = (lesser >= low) & ((lesser <= high) if last else (lesser < high))
-            yield f"{column} {low:g} to {high:g}", np.flatnonzero(chosen)
+            yield f"{column} from {low:g} to {'' if last else 'below '}{high:g}", np.flatnonzero(chosen)
         return
     kinds, kind = np.unique(texts, return_inverse=True)
     if named and len(kinds) > _MOST_VALUES:

@@ -215,6 +215,12 @@ def estimates(
     }
 
 
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuses names that are no metric, as :func:`estimates` does."""
+    for name in metrics:
+        _metric(name)
+
+
 def differences(
     first_scores: Any,
     second_scores: Any,

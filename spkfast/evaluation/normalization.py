@@ -10,7 +10,7 @@ import torch
 
 from spkfast import functional
 from spkfast.errors import InputError
-from spkfast.evaluation.scoring import index_of, indexes, require_same_kind, unit_rows
+from spkfast.evaluation.scoring import as_matrix, index_of, indexes, require_same_kind, unit_rows
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -69,7 +69,7 @@ def cohort_statistics(
         )
     if unbiased:
         std *= math.sqrt(count / (count - 1))
-    return CohortStatistics(*((mean.numpy(), std.numpy()) if isinstance(embeddings, np.ndarray) else (mean, std)))
+    return CohortStatistics(*((mean, std) if isinstance(embeddings, torch.Tensor) else (mean.numpy(), std.numpy())))
 
 
 @torch.inference_mode()
@@ -213,7 +213,7 @@ def _normalised(
     unbiased: bool,
     sides: str,
 ) -> Any:
-    both = indexes(torch.as_tensor(embeddings), enrol_index, test_index)
+    both = indexes(as_matrix(embeddings, "embeddings"), enrol_index, test_index)
     # Utterances of other lists may be in the matrix too.
     needed = {"both": torch.cat(both), "enrol": both[0], "test": both[1]}[sides]
     statistics = cohort_statistics(embeddings, cohort, top_n=top_n, unbiased=unbiased, index=needed)

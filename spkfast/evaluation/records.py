@@ -120,6 +120,8 @@ def write_record(path: str | os.PathLike[str], facts: Mapping[str, Any], lists: 
     from spkfast import __version__
 
     target = Path(path)
+    if target.exists() and not target.is_file():
+        raise InputError(f"{target}: is no file that a record could replace")
     target.parent.mkdir(parents=True, exist_ok=True)
     versions = {"spkfast": __version__, "python": platform.python_version()}
     versions |= {name: __import__(name).__version__ for name in ("torch", "numpy")}

@@ -60,14 +60,28 @@ def cosine_matrix(enrol: Array, test: Array | None = None) -> Array:
 
 def unit_rows(embeddings: Any, name: str = "embeddings") -> torch.Tensor:
     """Rows of length 1; refuses what is no matrix of embeddings."""
-    rows = torch.as_tensor(embeddings)
-    if rows.ndim != 2 or not rows.is_floating_point():
-        raise InputError(f"{name} must be floating with shape (U, E), got {rows.dtype} {tuple(rows.shape)}")
-    norms = rows.norm(dim=1, keepdim=True)
+    rows = as_matrix(embeddings, name)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)  # squares of large values
     wrong = ~(torch.isfinite(norms) & (norms > 0)).flatten()
     if wrong.any():
         raise InputError(f"{name} must be finite and not zero, row {int(wrong.nonzero()[0])} is not")
-    return rows / norms
+    return rows / norms.to(rows.dtype)
+
+
+def as_matrix(value: Any, name: str) -> torch.Tensor:
+    """A floating matrix of any kind as a tensor, without a copy where torch can read it; refuses what is none."""
+    if not isinstance(value, torch.Tensor):
+        array = np.asarray(value)
+        if array.dtype.kind == "f":
+            # torch reads neither other byte orders nor negative steps, and warns of memory that cannot be written to.
+            array = np.require(array.astype(array.dtype.newbyteorder("="), copy=False), requirements=("C", "W"))
+            value = torch.from_numpy(array)
+        else:
+            value = torch.empty(array.shape, dtype=torch.int64, device="meta")
+    if value.ndim != 2 or not value.is_floating_point():
+        kind = value.dtype if value.device.type != "meta" else array.dtype
+        raise InputError(f"{name} must be floating with shape (U, E), got {kind} {tuple(value.shape)}")
+    return value
 
 
 def indexes(rows: torch.Tensor, enrol_index: Any, test_index: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,8 +125,8 @@ def require_same_kind(name: str, value: torch.Tensor, like: torch.Tensor) -> Non
         )
 
 
-def _like(given: Array, found: torch.Tensor) -> Array:
-    return found.numpy() if isinstance(given, np.ndarray) else found
+def _like(given: Any, found: torch.Tensor) -> Any:
+    return found if isinstance(given, torch.Tensor) else found.numpy()
 
 
 class TrialResult(NamedTuple):

@@ -116,8 +116,8 @@ def test_facts_that_differ_are_told(scored, spkfast):
 def test_conditions(scored, spkfast):
     path = scored / "good/trials.txt"
     trials = listed(path)
-    lines = [f"{name},{'fm'[k // 5 % 2]},{1 + k % 5 + k / 100},x\n" for k, name in enumerate(trials.names)]
-    (scored / "table.csv").write_text("path,gender,seconds,corpus\n" + "".join(lines))
+    lines = [f"{name},{'fm'[k // 5 % 2]},{1 + k % 5 + k / 100},x,{k // 5}n\n" for k, name in enumerate(trials.names)]
+    (scored / "table.csv").write_text("path,gender,seconds,corpus,speaker\n" + "".join(lines))
     rows = {
         row["condition"]: row for row in result(spkfast, "--scored", path, "--by", scored / "table.csv")["conditions"]
     }
@@ -138,7 +138,7 @@ def test_conditions(scored, spkfast):
             assert rows[name]["metrics"] is None
     parts = [row for name, row in rows.items() if name.startswith("seconds ")]
     assert len(parts) == 3 and sum(row["targets"] + row["nontargets"] for row in parts) == len(trials)
-    assert not any(name.startswith("corpus") for name in rows)  # one value tells nothing
+    assert not any(name.startswith(("corpus", "speaker")) for name in rows)  # which tell nothing
     only = result(spkfast, "--scored", path, "--by", scored / "table.csv", "--columns", "gender")["conditions"]
     assert {row["condition"] for row in only} == {"gender f", "gender m", "gender f / m"}
     error = spkfast("evaluate", "--scored", path, "--by", scored / "table.csv", "--columns", "gendr").error

@@ -1,6 +1,9 @@
 """``spkfast score``: each way of scoring against the functions under it, files in and out, and what is refused."""
 
 import json
+import os
+import stat
+import threading
 
 import numpy as np
 import pytest
@@ -127,6 +130,62 @@ def test_plda(folder, score):
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
 
 
+def test_enrolment_for_plda(folder, score):
+    plda = Plda.fit(COHORT, np.repeat(np.arange(10), 4), lda_dim=6)
+    plda.save(folder / "plda.safetensors")
+    groups = {f"p{s}": list(range(s * EACH, s * EACH + 3 + s % 2)) for s in range(4)}
+    (folder / "spk2utt").write_text("".join(f"{p} {' '.join(KEYS[k] for k in rows)}\n" for p, rows in groups.items()))
+    (folder / "enrolled").write_text(
+        "".join(f"{int(s == t)} p{s} {KEYS[t * EACH + 5]}\n" for s in range(4) for t in range(4))
+    )
+    models = np.stack([EMBEDDINGS[rows].mean(axis=0) for rows in groups.values()])
+    both = np.concatenate([models, EMBEDDINGS[5::EACH][:4]])
+    want = plda.scores(
+        both, np.repeat(np.arange(4), 4), 4 + np.tile(np.arange(4), 4), num_enrol=np.array([3, 4, 3, 4, 1, 1, 1, 1])
+    )
+    found = score("--enrol", folder / "spk2utt", "--plda", folder / "plda.safetensors", trials="enrolled")
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
+
+
+def test_kaldi_model_with_its_mean_and_transform(folder, score):
+    plda = Plda.fit(COHORT, np.repeat(np.arange(10), 4), lda_dim=6)
+    plda.to_kaldi(folder / "plda", transform=folder / "transform.mat")
+    want = Plda.from_kaldi(folder / "plda", transform=folder / "transform.mat").scores(EMBEDDINGS, *sides(folder))
+    found = score("--plda", folder / "plda", "--plda-transform", folder / "transform.mat")
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_written_scores_are_the_scores(folder, score):
+    want = cosine_scores(EMBEDDINGS, *sides(folder))
+    np.testing.assert_array_equal(score().astype(np.float32), want)
+    calibrated = score("--fit-calibration", folder / "c.json", out="y.npy")
+    np.testing.assert_array_equal(score("--calibration", folder / "c.json"), calibrated)
+
+
+def test_embeddings_that_no_trial_names_do_not_matter(folder, score, spkfast):
+    want = score()
+    more = np.concatenate([EMBEDDINGS, np.zeros((1, DIM), np.float32)])
+    write_embeddings(folder / "x.safetensors", StoredEmbeddings([*KEYS, "zero/u.wav"], more, model="m1"))
+    np.testing.assert_array_equal(score(), want)
+    (folder / "zero.txt").write_text(f"0 {KEYS[0]} zero/u.wav\n")
+    done = spkfast("score", folder / "zero.txt", folder / "x.safetensors", "--out", folder / "y")
+    assert done.status == 2 and "x.safetensors: the embedding of zero/u.wav must be finite and not zero" in done.err
+
+
+def test_calibration_of_other_scores_is_refused(folder, score, spkfast):
+    score("--fit-calibration", folder / "c.json")
+    options = ("--norm", "as", "--top-n", "7", "--cohort", folder / "cohort.npz")
+    done = spkfast(
+        "score", folder / "trials.txt", folder / "x.safetensors", "--out", folder / "y", "--calibration",
+        folder / "c.json", *options,
+    )  # fmt: skip
+    assert done.status == 2 and "c.json: was learnt on scores by cosine, norm None, top None, model m1" in done.err
+    labels, raw = read_trials(folder / "trials.txt").labels, cosine_scores(EMBEDDINGS, *sides(folder))
+    own = LogisticCalibration.fit(raw, labels, description="mine")
+    own.save(folder / "own.json")
+    np.testing.assert_allclose(score("--calibration", folder / "own.json"), own.apply(raw), rtol=1e-12)
+
+
 def test_calibration(folder, score):
     labels = read_trials(folder / "trials.txt").labels
     raw = cosine_scores(EMBEDDINGS, *sides(folder))
@@ -151,6 +210,29 @@ def test_quality_measures(folder, score, spkfast):
     options = ("--norm", "as", "--top-n", "9", "--cohort", folder / "cohort.npz", "--durations", folder / "seconds")
     np.testing.assert_allclose(score("--fit-qmf", folder / "q.json", *options), want, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(score("--qmf", folder / "q.json", *options), want, rtol=1e-3, atol=1e-3)
+    no_durations = spkfast(
+        "score",
+        folder / "trials.txt",
+        folder / "x.safetensors",
+        "--out",
+        folder / "y",
+        "--qmf",
+        folder / "q.json",
+        *options[:-2],
+    )
+    assert "q.json: has 13 weights for 9 measures: learnt with --durations" in no_durations.error
+    (folder / "seconds").write_text(f"{KEYS[0]} no\n")
+    done = spkfast(
+        "score",
+        folder / "trials.txt",
+        folder / "x.safetensors",
+        "--out",
+        folder / "y",
+        "--qmf",
+        folder / "q.json",
+        *options,
+    )
+    assert f"seconds:1: the duration of {KEYS[0]} must be a positive number, got 'no'" in done.error
     (folder / "seconds").write_text(f"{KEYS[0]} 3\n")
     done = spkfast(
         "score",
@@ -173,12 +255,22 @@ def test_quality_measures(folder, score, spkfast):
         (["--durations", "f"], "--durations needs --qmf or --fit-qmf"),
         (["--qmf", "q"], "quality measures need --norm"),
         (["--calibration", "a", "--fit-calibration", "b"], "--calibration and --fit-calibration exclude each other"),
-        (["--plda", "p", "--mean", "m"], "--plda has its own mean"),
+        (["--plda", "p", "--mean", "m"], "--plda goes without --norm"),
+        (["--plda", "p.safetensors", "--plda-mean", "m"], "--plda-mean and --plda-transform go with a file of Kaldi"),
+        (["--norm", "as", "--cohort", "c", "--qmf", "q", "--enrol", "e"], "quality measures are of single utterances"),
+        (["--norm", "as", "--cohort", "cohort.npz", "--top-n", "0"], "top_n must lie in 1..40"),
+        (["--norm", "s", "--cohort", "flat.npz", "--cohort-means"], "does not begin with the folder of its speaker"),
+        (["--norm", "s", "--cohort", "cohort.npz", "--cohort-means", "--speakers", "none"], "none: no such file"),
+        (["--enrol", "missing"], "missing: no such file"),
+        (["--enrol", "unknown"], "unknown: "),
         (
             ["--norm", "as", "--cohort", "cohort.npz", "--top-n", "41"],
             r"top_n must lie in 1..40, the size of the cohort",
         ),
-        (["--norm", "as", "--cohort", "cohort.npz"], r"the size of the cohort, got 300"),
+        (
+            ["--norm", "as", "--cohort", "cohort.npz"],
+            "cohort.npz: the cohort has 40, of which 300 would count: give --top-n",
+        ),
         (["--norm", "s", "--cohort", "other.npz"], "other.npz: is of model m2, the embeddings of the trials of m1"),
         (["--mean", "other.npz"], "is of model m2"),
         (["--mean", "narrow.npz"], "--mean has 3 dimensions, the embeddings have 16"),
@@ -188,8 +280,32 @@ def test_refusals(folder, spkfast, monkeypatch, options, message):
     monkeypatch.chdir(folder)
     write_embeddings("other.npz", StoredEmbeddings(COHORT_KEYS, COHORT, model="m2"))
     write_embeddings("narrow.npz", StoredEmbeddings(COHORT_KEYS, COHORT[:, :3]))
+    write_embeddings("flat.npz", StoredEmbeddings([key.replace("/", "_") for key in COHORT_KEYS], COHORT))
+    names = {trial.enrol for trial in read_trials("trials.txt")}
+    (folder / "unknown").write_text("".join(f"{name} s99/none.wav\n" for name in names))
     done = spkfast("score", "trials.txt", "x.safetensors", "--out", "y", *options)
     assert done.status == 2 and message in done.err and done.err.count("\n") == 1
+
+
+def test_outputs_that_would_destroy_something(folder, spkfast, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = (folder / "trials.txt").read_bytes()
+    for out, message in (
+        ("trials.txt", "--out trials.txt is what trials.txt is"),
+        ("./trials.txt", "is what trials.txt is"),
+        ("x.safetensors", "--out must be a text file or end with .npy"),
+        ("scores.npz", "--out must be a text file or end with .npy"),
+        (".", "--out must be a text file"),
+    ):
+        assert message in spkfast("score", "trials.txt", "x.safetensors", "--out", out).error
+    assert (folder / "trials.txt").read_bytes() == before
+    os.mkfifo("pipe")
+    reader = threading.Thread(target=lambda: said.append((folder / "pipe").read_text()))
+    said = []
+    reader.start()
+    assert spkfast("score", "trials.txt", "x.safetensors", "--out", "pipe").status == 0
+    reader.join()
+    assert len(said[0].splitlines()) == 600 and stat.S_ISFIFO(os.stat("pipe").st_mode)
 
 
 def test_bad_lists(folder, spkfast):

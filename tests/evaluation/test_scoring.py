@@ -1,5 +1,7 @@
 """Cosine scores and the figures of a trial list."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,23 @@ def test_stays_within_one():
     index = np.arange(500)
     assert cosine_scores(embeddings, index, index).max() <= 1
     assert cosine_scores(np.concatenate([embeddings, -embeddings]), index, index + 500).min() >= -1
+
+
+def test_takes_matrices_of_any_kind():
+    embeddings = rows()
+    enrol, test = np.array([0, 1, 6]), np.array([2, 3, 6], dtype=np.uint16)
+    want = cosine_scores(embeddings, enrol, test)
+    frozen = embeddings.copy()
+    frozen.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given in (embeddings.tolist(), embeddings.astype(">f8"), frozen, np.asfortranarray(embeddings)):
+            np.testing.assert_array_equal(cosine_scores(given, enrol.tolist(), test), want)
+        np.testing.assert_array_equal(cosine_scores(embeddings[::-1], 6 - enrol, 6 - test), want)
+        np.testing.assert_array_equal(cosine_scores(torch.tensor(embeddings), enrol, test).numpy(), want)
+    for scale in (1e30, 1e-30):  # whose squares are out of range
+        found = cosine_scores((scale * embeddings).astype(np.float32), enrol, test)
+        np.testing.assert_allclose(found, want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ _REMARK = (
     "Random embeddings with a common part for each speaker, and random pairs, the worst order for caches. Loops are "
     "those of the toolkits' own programs, from files in memory to a file in memory, on a two-hundredth of the "
     "utterances and trials with the whole cohort; their time is scaled to all, but for reading the cohort. spkfast "
-    "gets arrays and gives arrays. Errors are the largest against float64 on 100,000 trials, or 5,000 of AS-norm; those of "
-    "loops, which print five decimals, on their own. Memory is what the process grew by."
+    "gets arrays and gives arrays. Errors are the largest against float64 on 100,000 trials, or 5,000 of AS-norm; "
+    "those of loops, which print five decimals, on their own. Memory is what the process grew by."
 )
 
 

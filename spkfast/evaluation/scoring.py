@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from spkfast import functional
-from spkfast.data.lists import Trial, TrialList, speaker_of
+from spkfast.data.lists import Trial, TrialList
 from spkfast.errors import InputError
-from spkfast.evaluation.metrics import Eer, eer, min_dcf
+from spkfast.evaluation.metrics import Eer
+from spkfast.evaluation.records import list_result
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -163,13 +164,14 @@ def evaluate_trials(
         InputError: If a path of the trials has no embedding, or the list lacks targets or nontargets.
     """
     listed = TrialList.of(trials)
-    if listed.labels is None:
-        raise InputError(f"{listed.source}: the trials have no labels")
     scores = cosine_scores(embeddings, *listed.rows(keys))
-    labels = listed.labels.astype(np.int64)
-    first, second = listed.speakers(speaker_of)
-    # Paths laid out otherwise do not tell the speaker; an interval over what they do tell would be wrong.
-    told = bool(((first == second) == listed.labels).all())
-    sides = (first, second) if told else (None, None)
-    rate = eer(scores, labels, enrol_speakers=sides[0], test_speakers=sides[1], method=method)
-    return TrialResult(rate, min_dcf(scores, labels), scores, labels, len(np.union1d(first, second)) if told else None)
+    metrics = (f"eer:{method}", "min_dcf:0.01")
+    found = list_result(listed.source, listed, scores, metrics)
+    rate, cost = (found.figures[name] for name in metrics)
+    return TrialResult(
+        Eer(rate.value, found.threshold, rate.low, rate.high),
+        cost.value,
+        scores,
+        found.labels.astype(np.int64),
+        found.num_speakers,
+    )

@@ -54,7 +54,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scored", nargs="+", metavar="FILE", help="lists from 'spkfast score', instead of a model")
     parser.add_argument("--protocol", metavar="NAME", help="public list: vox1-o, vox1-o-cleaned, ... -e, -h; or voxsrc")
     parser.add_argument(
-        "--crops", metavar="WAY", help="what is compared: whole, 10x4 (ten crops of 4 s) or whole+5x3 [whole]"
+        "--crops",
+        metavar="WAY",
+        help="what is compared: whole, 10x4 (ten crops of 4 s), 10x4:distance, whole+5x3 [whole]",
     )
     parser.add_argument(
         "--metrics",
@@ -187,6 +189,7 @@ def _scores(args: Any, lists: dict[str, TrialList], crops: Any) -> tuple[dict[st
 
     import torch
 
+    from spkfast.evaluation.protocols import distance_scores
     from spkfast.evaluation.scoring import paired, unit_rows
 
     if args.embeddings:
@@ -203,7 +206,10 @@ def _scores(args: Any, lists: dict[str, TrialList], crops: Any) -> tuple[dict[st
     scores = {}
     for name, trials in lists.items():
         first, second = (torch.from_numpy(side) for side in trials.rows(keys))
-        scores[name] = paired(unit, unit, first, second).clamp_(-1, 1).numpy()
+        if crops.distance:
+            scores[name] = distance_scores(unit.view(len(unit), crops.count, -1), first, second).numpy()
+        else:
+            scores[name] = paired(unit, unit, first, second).clamp_(-1, 1).numpy()
     return facts, scores
 
 
@@ -226,7 +232,7 @@ def _embed(args: Any, paths: list[str], crops: Any) -> tuple[np.ndarray, dict[st
         found = embed_for_scoring(encoder, [root / path for path in paths], crops, **options)
         vectors = np.stack([one.numpy() for one in progress(found, len(paths), "embedding")])
     facts = {
-        "scoring": "cosine",
+        "scoring": "distance" if crops.distance else "cosine",
         "model": {"name": args.model, "fingerprint": encoder.fingerprint},
         "frontend": encoder.frontend.hash,
     }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spkfast.inference import SpeakerEncoder
 
 _FILES_AT_ONCE = 16
+_TRIALS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -67,36 +68,41 @@ class Crops:
     """Parts of an utterance that are embedded one by one.
 
     The score of a trial is the mean of the cosines of all pairs of crops, or that and the cosine of whole utterances in
-    equal parts.
+    equal parts; or minus the mean of the distances of embeddings of length one.
 
     Attributes:
         whole: Whether the whole utterance is embedded.
         count: Number of crops, equally spaced; 0 for none.
         seconds: Length of a crop. A shorter utterance is repeated until it is as long.
+        distance: Whether distances are taken in place of cosines.
     """
 
     whole: bool = True
     count: int = 0
     seconds: float = 0.0
+    distance: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Crops:
-        """From ``whole``, ``10x4`` (ten crops of 4 s), or ``whole+5x3`` (TaoRuijie).
-
-        voxceleb_trainer and ESPnet cut crops likewise, but score by distances instead of cosines: their error rates
-        differ in the last digits.
+        """From ``whole``, ``10x4`` (ten crops of 4 s), ``whole+5x3`` (TaoRuijie), or ``10x4:distance``
+        (voxceleb_trainer, ESPnet).
 
         Raises:
             InputError: If the text has another form.
         """
-        match = re.fullmatch(r"(whole)?(?:(?:(?<=whole)\+|(?<!whole))(\d+)x(\d+(?:\.\d+)?))?", text)
+        parts, _, measure = text.partition(":")
+        match = re.fullmatch(r"(whole)?(?:(?:(?<=whole)\+|(?<!whole))(\d+)x(\d+(?:\.\d+)?))?", parts)
         empty = match is not None and match[2] is not None and not (int(match[2]) and float(match[3]))
-        if not text or match is None or empty:
-            raise InputError(f"crops must be 'whole', '10x4' for ten of 4 seconds, or 'whole+5x3', got {text!r}")
-        return cls(match[1] is not None, int(match[2] or 0), float(match[3] or 0))
+        wrong = measure and (measure != "distance" or (match is not None and match[1]))
+        if not parts or match is None or empty or wrong:
+            raise InputError(
+                f"crops must be 'whole', '10x4' for ten of 4 seconds, 'whole+5x3', or '10x4:distance', got {text!r}"
+            )
+        return cls(match[1] is not None, int(match[2] or 0), float(match[3] or 0), bool(measure))
 
     def __str__(self) -> str:
-        return "+".join(["whole"] * self.whole + [f"{self.count}x{self.seconds:g}"] * (self.count > 0))
+        parts = "+".join(["whole"] * self.whole + [f"{self.count}x{self.seconds:g}"] * (self.count > 0))
+        return f"{parts}:distance" if self.distance else parts
 
     def cut(self, samples: np.ndarray, sample_rate: int) -> list[np.ndarray]:
         """The crops of an utterance (S,), without the whole."""
@@ -118,7 +124,8 @@ def embed_for_scoring(
     """Vectors whose dot products are the scores of :class:`Crops`, one for each file.
 
     That is the embedding of the whole divided by its length, the mean of the embeddings of the crops, each divided by
-    its length, or both, over the root of two, one after the other.
+    its length, or both, over the root of two, one after the other. For distances, of which no products are the scores,
+    it is the embeddings of the crops, one after the other, for :func:`distance_scores`.
 
     Args:
         encoder: The model.
@@ -128,7 +135,7 @@ def embed_for_scoring(
         batch_seconds: Most audio in one batch.
 
     Yields:
-        Shape (E,), or (2 E,) for both, float32.
+        Shape (E,), (2 E,) for both, or (count E,) for distances, float32.
 
     Raises:
         InputError: If a file cannot be used.
@@ -142,5 +149,26 @@ def embed_for_scoring(
         if crops.count:
             cut = [crop for audio in audios for crop in crops.cut(audio, encoder.frontend.sample_rate)]
             embedded = encoder.embed_batch(cut, **options)  # type: ignore[arg-type]
-            parts.append(embedded.view(len(audios), crops.count, -1).mean(dim=1))
+            embedded = embedded.view(len(audios), crops.count, -1)
+            parts.append(embedded.flatten(1) if crops.distance else embedded.mean(dim=1))
         yield from torch.cat(parts, dim=1) / len(parts) ** 0.5
+
+
+@torch.inference_mode()
+def distance_scores(crops: torch.Tensor, enrol: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
+    """Minus the mean of the distances between the crops of both sides of each trial.
+
+    Args:
+        crops: Embeddings of length one, floating, shape (U, count, E).
+        enrol: Row of the first side of each trial, int64, shape (trials,).
+        test: Row of the second side.
+
+    Returns:
+        Shape (trials,).
+    """
+    scores = crops.new_empty(len(enrol))
+    for start in range(0, len(enrol), _TRIALS_AT_ONCE):
+        part = slice(start, start + _TRIALS_AT_ONCE)
+        cosines = crops[enrol[part]] @ crops[test[part]].transpose(1, 2)
+        scores[part] = -(2 - 2 * cosines).clamp_min(0).sqrt().mean(dim=(1, 2))
+    return scores

@@ -171,7 +171,7 @@ def test_protocol_counts_trials(data, model, spkfast, monkeypatch):
     assert record["protocol"] == "vox1-o-cleaned" and record["crops"] == "whole"
 
 
-@pytest.mark.parametrize("way", ["3x0.1", "whole+3x0.1", "whole"])
+@pytest.mark.parametrize("way", ["3x0.1", "whole+3x0.1", "whole", "3x0.1:distance"])
 def test_crops_follow_the_definition(data, model, spkfast, way):
     spkfast("evaluate", "--model", model, "--data", data, "--crops", way, "--scores", data / "s.txt")
     found = read_trials(data / "s.txt", scored=True)
@@ -183,7 +183,11 @@ def test_crops_follow_the_definition(data, model, spkfast, way):
         crops.append(encoder.embed_batch([samples[s : s + 1600] for s in starts], normalize=True).numpy())
         wholes.append(encoder.embed(samples, normalize=True).numpy())
     for e, t, score in zip(found.enrol, found.test, found.scores, strict=True):
-        cosines = {"whole": wholes[e] @ wholes[t], "3x0.1": np.mean(crops[e] @ crops[t].T)}
+        cosines = {
+            "whole": wholes[e] @ wholes[t],
+            "3x0.1": np.mean(crops[e] @ crops[t].T),
+            "3x0.1:distance": -np.mean(np.linalg.norm(crops[e][:, None] - crops[t][None], axis=2)),
+        }
         assert score == pytest.approx(np.mean([cosines[part] for part in way.split("+")]), abs=2e-5)
 
 
@@ -191,8 +195,22 @@ def test_short_audio_is_repeated_for_crops():
     crops = Crops.parse("2x0.5")
     assert [part.tolist() for part in crops.cut(np.arange(3), 10)] == [[0, 1, 2, 0, 1]] * 2
     assert [part.tolist() for part in crops.cut(np.arange(8), 10)] == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]]
+    assert str(Crops.parse("10x4:distance")) == "10x4:distance"
     assert str(Crops.parse("whole+5x3")) == "whole+5x3" and str(Crops.parse("whole")) == "whole"
-    for text in ("", "0x4", "00x4", "4", "whole5x3", "5x0", "+5x3", "5x3+whole"):
+    for text in (
+        "",
+        "0x4",
+        "00x4",
+        "4",
+        "whole5x3",
+        "5x0",
+        "+5x3",
+        "5x3+whole",
+        "whole:distance",
+        "5x3:cosine",
+        "whole+5x3:distance",
+        ":distance",
+    ):
         with pytest.raises(ValueError, match="crops must be"):
             Crops.parse(text)
 

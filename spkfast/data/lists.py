@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -77,6 +78,11 @@ class TrialList(Sequence[Trial]):
 
     def __len__(self) -> int:
         return len(self.enrol)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]  # as of other lists
 
     @overload
     def __getitem__(self, at: int) -> Trial: ...

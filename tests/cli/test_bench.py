@@ -79,7 +79,9 @@ def test_interruption_ends_the_benchmarks(checkout, tmp_path):
         "Path('pid.new').write_text(str(os.getpid())); Path('pid.new').rename('pid'); time.sleep(600)"
     )
     program = (
-        "import sys; from pathlib import Path; from spkfast.cli import bench, main\n"
+        "import signal, sys; from pathlib import Path; from spkfast.cli import bench, main\n"
+        # Where the test run itself ignores interrupts, as one in the background does, so would this.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"bench._checkout = lambda: Path({str(root)!r}); sys.exit(main.main(['bench']))"
     )
     process = subprocess.Popen(

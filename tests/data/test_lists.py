@@ -19,10 +19,15 @@ def test_reads_both_kinds(tmp_path):
         Utterance("id2", "id2/b/2.flac"),
     ]
     trials = read_trials(write(tmp_path, "1 id1/a/1.wav id1/b/1.wav\n0 id1/a/1.wav id2/a/1.wav"))
-    assert list(trials) == [
-        Trial(True, "id1/a/1.wav", "id1/b/1.wav"),
-        Trial(False, "id1/a/1.wav", "id2/a/1.wav"),
-    ]
+    assert trials != list(trials)[:1] and trials != trials[:1] and trials != "no list"
+    assert (
+        trials
+        == list(trials)
+        == [
+            Trial(True, "id1/a/1.wav", "id1/b/1.wav"),
+            Trial(False, "id1/a/1.wav", "id2/a/1.wav"),
+        ]
+    )
     assert trials.names == ["id1/a/1.wav", "id1/b/1.wav", "id2/a/1.wav"] == trial_paths(trials)
     assert trial_paths(trials[:1]) == trials.names[:2] and list(trials[1:]) == [trials[1]]
     assert speaker_of("id1/a/1.wav") == "id1"

@@ -65,6 +65,21 @@ def test_matches_the_toolkits(golden, peer, case):
             assert min_dcf(scores, labels, *costs, **together) == pytest.approx(want, abs=tolerance)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_matches_speechbrain_to_its_own_rounding(golden, case):
+    result = json.loads((golden / "scoring/metrics_speechbrain.json").read_text())["results"][case]
+    arrays = np.load(golden / "scoring/metrics_speechbrain.npz")
+    rates = error_rates(arrays[f"{case}__scores"], arrays[f"{case}__labels"])
+    misses, false_alarms = (rate.astype(np.float32) for rate in rates[:2])
+    nearest = 1 + np.argmin(np.abs(false_alarms[1:] - misses[1:]))
+    rate = (float(false_alarms[nearest]) + float(misses[nearest])) / 2
+    assert rate == pytest.approx(result["eer"]["eer"], rel=0, abs=1e-12)
+    for point in result["dcf"]:
+        prior, miss, fa = (np.float32(point[name]) for name in ("p_target", "c_miss", "c_fa"))
+        costs = miss * misses * prior + fa * false_alarms * np.float32(1 - point["p_target"])
+        assert costs.min() == pytest.approx(point["min_dcf_unnormalised"], rel=0, abs=1e-12)
+
+
 def test_error_rates_follow_the_definition():
     scores, labels = trials()
     miss, false_alarm, thresholds = error_rates(scores, labels)

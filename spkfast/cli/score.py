@@ -181,8 +181,7 @@ def _used(args: Any, trials: TrialList, stored: StoredEmbeddings, mean: Any) -> 
     groups, sides = _enrolment(args, trials, stored)
     used, place = np.unique(np.concatenate([tests, *groups.values()]), return_inverse=True)
     rows = _checked(args.embeddings, stored, used, mean)
-    row = dict(zip(used.tolist(), range(len(used)), strict=True))
-    placed = {name: np.array([row[k] for k in group.tolist()]) for name, group in groups.items()}
+    placed = {name: np.searchsorted(used, group) for name, group in groups.items()}
     # PLDA knows how many utterances an average has, and that of raw embeddings, as Kaldi takes it.
     _, models = enrol(rows, placed, normalize=not args.plda)
     counts = [len(group) for group in groups.values()]
@@ -218,13 +217,12 @@ def _enrolment(args: Any, trials: TrialList, stored: StoredEmbeddings) -> tuple[
 
 def _checked(file: str, stored: StoredEmbeddings, rows: np.ndarray, mean: Any) -> np.ndarray:
     """Those rows, less the mean; refuses what has no direction, by its key."""
-    import numpy as np
+    from spkfast.evaluation.scoring import as_matrix, lengths
 
     found = _less(stored.embeddings[rows], mean)
-    norms = np.linalg.norm(found, axis=1)
-    wrong = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
-    if len(wrong):
-        raise InputError(f"{file}: the embedding of {stored.keys[rows[wrong[0]]]} must be finite and not zero")
+    _, wrong = lengths(as_matrix(found, "embeddings"))
+    if wrong is not None:
+        raise InputError(f"{file}: the embedding of {stored.keys[rows[wrong]]} must be finite and not zero")
     return found
 
 
@@ -324,9 +322,10 @@ def _write(path: Path, trials: TrialList, scores: np.ndarray) -> None:
     """The scores, in a file that is whole or not there; into a device or pipe straight."""
     import numpy as np
 
+    lines = (f"{line}\n" for line in trials.text(scores))
     if path.exists() and not path.is_file():
         with path.open("w", encoding="utf-8") as text:
-            text.writelines(f"{line}\n" for line in trials.text(scores))
+            text.writelines(lines)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
@@ -336,7 +335,7 @@ def _write(path: Path, trials: TrialList, scores: np.ndarray) -> None:
                 np.save(file, scores)
         else:
             with fresh.open("w", encoding="utf-8") as text:
-                text.writelines(f"{line}\n" for line in trials.text(scores))
+                text.writelines(lines)
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)

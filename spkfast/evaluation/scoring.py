@@ -62,27 +62,30 @@ def cosine_matrix(enrol: Array, test: Array | None = None) -> Array:
 def unit_rows(embeddings: Any, name: str = "embeddings") -> torch.Tensor:
     """Rows of length 1; refuses what is no matrix of embeddings."""
     rows = as_matrix(embeddings, name)
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)  # squares of large values
-    wrong = ~(torch.isfinite(norms) & (norms > 0)).flatten()
-    if wrong.any():
-        raise InputError(f"{name} must be finite and not zero, row {int(wrong.nonzero()[0])} is not")
-    return rows / norms.to(rows.dtype)
+    norms, wrong = lengths(rows)
+    if wrong is not None:
+        raise InputError(f"{name} must be finite and not zero, row {wrong} is not")
+    return rows / norms[:, None].to(rows.dtype)
+
+
+def lengths(rows: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+    """Length of each row, float64, and the first row that has no direction: one that is zero or not finite."""
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)  # squares of large values
+    wrong = (~(torch.isfinite(norms) & (norms > 0))).nonzero()
+    return norms, int(wrong[0]) if len(wrong) else None
 
 
 def as_matrix(value: Any, name: str) -> torch.Tensor:
     """A floating matrix of any kind as a tensor, without a copy where torch can read it; refuses what is none."""
-    if not isinstance(value, torch.Tensor):
-        array = np.asarray(value)
-        if array.dtype.kind == "f":
-            # torch reads neither other byte orders nor negative steps, and warns of memory that cannot be written to.
-            array = np.require(array.astype(array.dtype.newbyteorder("="), copy=False), requirements=("C", "W"))
-            value = torch.from_numpy(array)
-        else:
-            value = torch.empty(array.shape, dtype=torch.int64, device="meta")
-    if value.ndim != 2 or not value.is_floating_point():
-        kind = value.dtype if value.device.type != "meta" else array.dtype
-        raise InputError(f"{name} must be floating with shape (U, E), got {kind} {tuple(value.shape)}")
-    return value
+    matrix = value if isinstance(value, torch.Tensor) else np.asarray(value)
+    floating = matrix.is_floating_point() if isinstance(matrix, torch.Tensor) else matrix.dtype.kind == "f"
+    if matrix.ndim != 2 or not floating:
+        raise InputError(f"{name} must be floating with shape (U, E), got {matrix.dtype} {tuple(matrix.shape)}")
+    if isinstance(matrix, torch.Tensor):
+        return matrix
+    # torch reads neither other byte orders nor negative steps, and warns of memory that cannot be written to.
+    native = matrix.astype(matrix.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(np.require(native, requirements=("C", "W")))
 
 
 def indexes(rows: torch.Tensor, enrol_index: Any, test_index: Any) -> tuple[torch.Tensor, torch.Tensor]:

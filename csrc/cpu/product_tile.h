@@ -13,6 +13,8 @@ using spkfast::cpu::steps_of;
 
 // Bytes of operands that stay in the second cache while all panels pass.
 constexpr int64_t kBlockBytes = 384 << 10;
+// Frames whose sum is added to a mean at once.
+constexpr int64_t kPiece = 64;
 
 [[gnu::always_inline]] inline V magnitude(V v) {
   return bits_of<V>(bits_of<Words>(v) & 0x7fffffff);
@@ -211,6 +213,27 @@ void turn(const char* from, int64_t stride, Element element, int64_t frames, con
   });
 }
 
+// sums[n] = the sum over `frames` frames of value(t, n). In pieces, and with what each addition of
+// one cuts off (Kahan): plain sums over a long utterance would round off more than all layers
+// before them.
+template <int N, typename F>
+[[gnu::always_inline]] inline void sum_frames(int64_t frames, V (&sums)[N], F value) {
+  V cut[N] = {};
+  each<N>([&](auto n) __attribute__((always_inline)) { sums[n] = V{}; });
+  for (int64_t begin = 0; begin < frames; begin += kPiece) {
+    V pieces[N] = {};
+    const int64_t end = smaller(begin + kPiece, frames);
+    for (int64_t t = begin; t < end; ++t) {
+      each<N>([&](auto n) __attribute__((always_inline)) { pieces[n] = pieces[n] + value(t, n); });
+    }
+    each<N>([&](auto n) __attribute__((always_inline)) {
+      const V piece = pieces[n] - cut[n], total = sums[n] + piece;
+      cut[n] = (total - sums[n]) - piece;
+      sums[n] = total;
+    });
+  }
+}
+
 // out[c] = the mean over `frames` frames of f(value, channel) for channels [first, last), 0 of
 // none.
 template <typename T, typename F>
@@ -223,21 +246,21 @@ template <typename T, typename F>
   };
   int64_t channel = first;
   for (; channel + kSums * W <= last; channel += kSums * W) {
-    V sums[kSums] = {};
-    for (int64_t t = 0; t < frames; ++t) {
-      each<kSums>([&](auto n) __attribute__((always_inline)) {
-        sums[n] = sums[n] + f(load(at(t, channel + n * W)), channel + n * W, Whole{});
-      });
-    }
+    V sums[kSums];
+    sum_frames(frames, sums, [&](int64_t t, auto n) __attribute__((always_inline)) {
+      return f(load(at(t, channel + n * W)), channel + n * W, Whole{});
+    });
     each<kSums>([&](auto n) __attribute__((always_inline)) {
       store(out + channel + n * W, sums[n] * share);
     });
   }
   extent_of(last - channel).each([&](int64_t i, auto width) __attribute__((always_inline)) {
     const int64_t c = channel + i * W;
-    V sum = {};
-    for (int64_t t = 0; t < frames; ++t) sum = sum + f(width.read(at(t, c), V{}), c, width);
-    width.write(out + c, sum * share);
+    V sums[1];
+    sum_frames(frames, sums, [&](int64_t t, auto) __attribute__((always_inline)) {
+      return f(width.read(at(t, c), V{}), c, width);
+    });
+    width.write(out + c, sums[0] * share);
   });
 }
 

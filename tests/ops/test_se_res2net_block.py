@@ -196,6 +196,21 @@ def test_matches_reference(
     assert_near_definition(call(backend, torch.float32), lambda dtype: call("reference", dtype))
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_long_utterance_costs_no_digits(monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    at_level(monkeypatch, level)
+    # Channels far from 0, of which a sum over a minute has no digits left for one more frame.
+    x, params = noise(1, 16, 6000), noisy_block(16, 2, 8, units=8)
+    squeeze, out = params.squeeze, params.out
+    assert out.shift is not None
+    params = params._replace(out=out._replace(shift=out.shift + 50), squeeze=squeeze._replace(weight=squeeze.weight / 100))
+
+    def call(dtype: torch.dtype, name: Backend = "reference") -> Tensor:
+        return run(x.to(dtype), mapped(params, lambda value: value.to(dtype)), dialect="wespeaker", backend=name)
+
+    assert_near_definition(call(torch.float32, "native"), call)
+
+
 def test_more_squeezed_values_than_32_bits_count(device: torch.device) -> None:
     rows, units = 2**21 + 20, 2**10
     if device.type == "cpu" or torch.cuda.mem_get_info()[0] < 6 * rows * units:

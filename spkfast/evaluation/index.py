@@ -40,8 +40,8 @@ class Matches(NamedTuple):
 class SpeakerIndex:
     """Speakers by name, each with one embedding, found by the cosine to another embedding.
 
-    Up to 10,000 speakers are compared one by one; more are searched through a graph, which may miss a neighbour. The
-    graph differs from build to build where several threads add to it.
+    Up to 10,000 speakers are compared one by one; more are searched through a graph, which may miss a neighbour. One
+    thread builds it: the same additions and removals make the same graph.
 
     Args:
         embedding_dim: Values of an embedding, E.
@@ -51,7 +51,7 @@ class SpeakerIndex:
         connectivity: Edges of a speaker in the graph.
         expansion_add: Candidates looked at when a speaker is added; more take longer and miss less.
         expansion_search: Candidates looked at by a query.
-        threads: Of :meth:`add` and :meth:`search`; 0 takes one per core.
+        threads: Of :meth:`search`; 0 takes one per core.
 
     Attributes:
         embedding_dim: E.
@@ -138,7 +138,9 @@ class SpeakerIndex:
             )
         self._remove(old)
         first = len(self._names)
-        self._graph.add(np.arange(first, first + len(names), dtype=np.uint64), vectors, threads=self._threads)
+        # Several threads lose speakers (usearch's issue 735): one that is linked on an upper level, but not yet below,
+        # is where the search of another thread ends, and what that adds may be left without an edge to it.
+        self._graph.add(np.arange(first, first + len(names), dtype=np.uint64), vectors, threads=1)
         self._names += names
         self._number |= zip(names, range(first, first + len(names)), strict=True)
 

@@ -34,9 +34,8 @@ def cosines(a, b):
 @pytest.mark.parametrize("dtype", ["f32", "f16", "i8"])
 @pytest.mark.parametrize("exact", [None, False])
 def test_nearest_speakers(rows, dtype, exact):
-    # As many candidates as there are speakers: the graph misses none, if one thread makes it. Several at a time may
-    # leave a speaker that no other leads to.
-    index = SpeakerIndex(16, dtype=dtype, expansion_search=300, expansion_add=300, threads=1)
+    # As many candidates as there are speakers: the graph misses none.
+    index = SpeakerIndex(16, dtype=dtype, expansion_search=300, expansion_add=300)
     index.add(names(200), rows[:200])
     queries = 100 * rows[200:]
     found = index.search(queries, 5, exact=exact)
@@ -71,7 +70,7 @@ def test_torch_and_scaled_embeddings(rows):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_changes(rows, exact):
-    index = SpeakerIndex(16, expansion_search=300, threads=1)  # so that the graph leaves none out
+    index = SpeakerIndex(16, expansion_search=300)  # so that the graph leaves none out
     assert len(index) == 0 and index.search(rows[:2]).names == [[], []]
     index.add(names(100), rows[:100])
     assert len(index) == 100 and "spk99" in index and "spk100" not in index
@@ -88,6 +87,17 @@ def test_changes(rows, exact):
     assert [of_one[0] for of_one in found.names] == [*names(50, start=30), "more"]
     for of_one in index.search(rows[30:80], 1, threshold=0.99, exact=exact).names:
         assert of_one == [], "the old embedding of a replaced speaker was found"
+
+
+def test_graph_leads_to_each_speaker(tmp_path):
+    rows = np.random.default_rng(1).normal(size=(2000, 32))
+    for name in ("one", "other"):
+        index = SpeakerIndex(32, threads=16)
+        index.add(names(2000), rows)
+        index.save(tmp_path / name)
+    assert index.search(rows, 1, exact=False).names == [[name] for name in names(2000)]
+    one, other = ((tmp_path / name / "graph.usearch").read_bytes() for name in ("one", "other"))
+    assert one == other
 
 
 def test_small_ones_are_searched_exactly(rows, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -10,7 +11,7 @@ import pkgutil
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,9 @@ _TRANSFORMED = dict.fromkeys(
 )
 _PACKAGE = Path(__file__).parent
 _REBUILD = 'build it with: pip install --no-build-isolation -e "."'
+
+# A plain global, which torch.compile can follow; in other threads the reference is slower, and right.
+_only_reference = False
 
 # device type -> op -> backend -> reason why it is missing, empty where it exists; filled once by load().
 _MISSING: dict[str, dict[str, dict[str, str]]] = {}
@@ -68,6 +72,8 @@ def resolve(device: torch.device, backend: str, op: str, limits: Mapping[str, st
     if is_transformed():
         missing |= _TRANSFORMED
     if backend == "auto":
+        if _only_reference:
+            return "reference"
         for name in _OWN_ORDER.get((op, device.type), _ORDER.get(device.type, ())):
             if not missing.get(name):
                 return name
@@ -77,6 +83,17 @@ def resolve(device: torch.device, backend: str, op: str, limits: Mapping[str, st
     if missing.get(backend):
         raise InputError(f"backend={backend!r} cannot run {op} on {device.type}: {missing[backend]}")
     return backend
+
+
+@contextlib.contextmanager
+def only_reference() -> Iterator[None]:
+    """While it lasts ``auto`` takes the reference, as graphs for runtimes need it that know no ops of ours."""
+    global _only_reference
+    before, _only_reference = _only_reference, True
+    try:
+        yield
+    finally:
+        _only_reference = before
 
 
 def is_transformed() -> bool:
@@ -132,7 +149,7 @@ def info() -> dict[str, Any]:
 def _extras() -> dict[str, dict[str, str | None]]:
     """Versions of optional packages by extra, as the installed package names them."""
     extras: dict[str, dict[str, str | None]] = {
-        name: {} for name in ("audio", "train", "eval", "kaldi", "parquet", "index")
+        name: {} for name in ("audio", "train", "eval", "kaldi", "parquet", "index", "export")
     }
     try:
         requirements = importlib.metadata.requires("spkfast") or []

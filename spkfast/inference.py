@@ -41,6 +41,8 @@ FORMAT_VERSION = 2
 _READ_VERSIONS = (1, 2)
 _CONFIG, _WEIGHTS, _METADATA = "config.yaml", "model.safetensors", "spkfast"
 _KEYS = ("format_version", "model", "frontend", "frontend_hash", "threshold", "input_ranges")
+# Of files that another runtime computes.
+GRAPHS = (".onnx", ".engine", ".plan", ".pt2")
 # Type of the only device that has products of a precision.
 _ONLY_ON = {"int8": "cpu", "fp16": "cuda"}
 
@@ -112,13 +114,14 @@ class SpeakerEncoder:
         device: str = "auto",
         precision: str = "fp32",
     ) -> SpeakerEncoder:
-        """A model that comes with the package, is kept in a folder, or in a checkpoint of another toolkit.
+        """A model that comes with the package, is kept in a folder, in a checkpoint of another toolkit, or exported.
 
         Args:
             source: Folder written by :meth:`save`, a file in it, or the output folder of a training run; an ECAPA-TDNN
                 of wespeaker, speechbrain, 3D-Speaker, TaoRuijie or ESPnet, a file or folder, as
                 :func:`spkfast.models.checkpoint_files.import_checkpoint` reads them; or, where there is no such path, a
-                name of :func:`spkfast.models.bundled.list`.
+                name of :func:`spkfast.models.bundled.list`; or a file of :mod:`spkfast.export`, ``.onnx``,
+                ``.engine`` or ``.pt2``, which another runtime computes at the precision of the file.
             frontend: Front-end that the model is expected to have; any other is an error. For another toolkit's, the
                 front-end to take in place of the one that its settings or its family tell. Either may be the name of a
                 preset, which takes the number of its mel bands from the model.
@@ -141,6 +144,8 @@ class SpeakerEncoder:
         if device == "auto" and _ONLY_ON.get(precision) == "cpu":
             device = "cpu"
         path = find_model(source)
+        if path.suffix in GRAPHS and path.is_file():
+            return cls._load_graph(path, frontend, family, device, precision)
         if not is_own(path):
             found = import_checkpoint(source, family=family, frontend=frontend)
             if found.network.assumed:
@@ -188,6 +193,21 @@ class SpeakerEncoder:
         encoder._unknown = {key: value for key, value in config.items() if key not in _KEYS}
         return encoder._at(precision, source)
 
+    @classmethod
+    def _load_graph(
+        cls, path: Path, frontend: FrontendSpec | str | None, family: str | None, device: str, precision: str
+    ) -> SpeakerEncoder:
+        from spkfast.export.runners import load_graph
+
+        if family is not None:
+            raise InputError(f"{path}: is an exported graph, family={family!r} was asked for")
+        place = torch.device("cpu") if device == "auto" and path.suffix == ".onnx" else _device(device, nn.Module())
+        net, spec, threshold = load_graph(path, place, frontend)
+        if precision not in ("fp32", net.precision):
+            raise InputError(f"{path}: was exported at precision {net.precision!r}, {precision!r} was asked for")
+        limit = Threshold(float(threshold["value"]), str(threshold["list"])) if threshold else None
+        return cls(net, spec, threshold=limit, device=net.device)
+
     def _at(self, precision: str, source: str | os.PathLike[str]) -> SpeakerEncoder:
         try:
             self.precision = precision
@@ -207,14 +227,15 @@ class SpeakerEncoder:
                 network has no layer with an inference form or one that never runs on its kernels, as with groups of
                 channels, or ``int8`` lacks calibration.
         """
-        found = {layer.precision for layer in inference_layers(self.model).values()} or {"fp32"}
+        own: Any = getattr(self.model, "precision", "fp32")
+        found = {layer.precision for layer in inference_layers(self.model).values()} or {own}
         return found.pop() if len(found) == 1 else "mixed"
 
     @precision.setter
     def precision(self, precision: str) -> None:
         check_name("precision", precision, list(PRECISIONS))
         layers = inference_layers(self.model)
-        if precision == "fp32" and not layers:
+        if precision == self.precision and not layers:
             return
         only = _ONLY_ON.get(precision, self.device.type)
         if only != self.device.type:
@@ -332,6 +353,9 @@ class SpeakerEncoder:
         Keywords of the network count where they differ from their defaults, so that one which is added later changes
         no digest as long as its default keeps the network as it was and is not None.
         """
+        own = getattr(self.model, "fingerprint", None)
+        if own is not None:  # an exported graph, which knows whose it is
+            return str(own)
         config: Any = self.model.config
         parameters = inspect.signature(type(self.model)).parameters
         # As JSON, in which a list and a tuple are the same.
@@ -512,18 +536,26 @@ class SpeakerEncoder:
         return int(batch_seconds * self.frontend.sample_rate)
 
     def _forward(self, waveforms: list[np.ndarray], backend: Backend) -> Tensor:
-        features, lengths = self._features(waveforms, backend)
+        signal, lengths = self._inputs(waveforms, backend)
         with _exact_convolutions():
-            return self.model(features, lengths).float().cpu()
+            return self.model(signal, lengths).float().cpu()
 
-    def _features(self, waveforms: list[np.ndarray], backend: Backend) -> tuple[Tensor, Tensor]:
+    def _inputs(self, waveforms: list[np.ndarray], backend: Backend) -> tuple[Tensor, Tensor]:
+        """What the network takes, padded, and its lengths."""
+        if getattr(self.model, "takes_waveforms", False):
+            return self._padded(waveforms)
+        return self._features(waveforms, backend)
+
+    def _padded(self, waveforms: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(w) for w in waveforms])
         padded = torch.zeros(len(waveforms), int(lengths.max()))
         for row, waveform in zip(padded, waveforms, strict=True):
             row[: len(waveform)] = torch.from_numpy(waveform)
-        features, frame_lengths = functional.log_mel_fbank(
-            padded.to(self.device), lengths.to(self.device), spec=self.frontend, backend=backend
-        )
+        return padded.to(self.device), lengths.to(self.device)
+
+    def _features(self, waveforms: list[np.ndarray], backend: Backend) -> tuple[Tensor, Tensor]:
+        padded, lengths = self._padded(waveforms)
+        features, frame_lengths = functional.log_mel_fbank(padded, lengths, spec=self.frontend, backend=backend)
         # As the parameters, since a network in half or double precision takes no other type.
         kinds = (parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
         return features.to(next(kinds, features.dtype)), frame_lengths

@@ -1,5 +1,6 @@
-"""What leaves for other runtimes: modules of plain operators that torch.onnx and TensorRT read."""
+"""What leaves for other runtimes: ONNX files, and modules of plain operators."""
 
 from spkfast.export.fbank import FbankGraph
+from spkfast.export.onnx import OnnxReport, to_onnx
 
-__all__ = ["FbankGraph"]
+__all__ = ["FbankGraph", "OnnxReport", "to_onnx"]

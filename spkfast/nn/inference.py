@@ -44,6 +44,8 @@ _FORWARDS = frozenset(
     )
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Share of the values of a batch that a range holds.
+COVERAGE = 0.99999
 NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, SyncBatchNorm)
 _OF_TYPE: Mapping[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -396,7 +398,7 @@ def quantised_inputs(layer: InferenceLayer) -> dict[str, nn.Module]:
     return getattr(layer, "quantised", dict)()
 
 
-def calibrate(module: nn.Module, batches: Iterable[Any], *, coverage: float = 0.99999) -> dict[str, dict[str, Range]]:
+def calibrate(module: nn.Module, batches: Iterable[Any], *, coverage: float = COVERAGE) -> dict[str, dict[str, Range]]:
     """Finds the ranges of the inputs of all products, for ``int8``.
 
     Args:
@@ -428,7 +430,7 @@ def calibrate(module: nn.Module, batches: Iterable[Any], *, coverage: float = 0.
                 raise InputError(
                     f"the range of {key!r} of {name or 'the module'} must be finite, got an input with NaN or infinity"
                 )
-            low, high = _range_of(values, coverage)
+            low, high = range_of(values, coverage)
             before = seen[name].get(key, (low, high))
             seen[name][key] = min(low, before[0]), max(high, before[1])
 
@@ -462,7 +464,8 @@ def calibrate(module: nn.Module, batches: Iterable[Any], *, coverage: float = 0.
     return input_ranges(module)
 
 
-def _range_of(values: Tensor, coverage: float) -> Range:
+def range_of(values: Tensor, coverage: float = COVERAGE) -> Range:
+    """The range that holds a share of the values."""
     outside = int(values.numel() * (1 - coverage) / 2)
     if not outside:
         return float(values.min()), float(values.max())

@@ -255,8 +255,8 @@ class AttentiveStatsPool(Pooling):
         if self.form.tanh:
             hidden = torch.tanh(hidden)
         # For its gradient the fused op multiplies in float32. On a CPU autocast's own type saves more time than logits
-        # in memory cost.
-        if self.shared_weights or kernels == ("bf16", "native"):
+        # in memory cost; and other runtimes, for which a graph is exported, know no fused op.
+        if self.shared_weights or kernels == ("bf16", "native") or torch.compiler.is_exporting():
             bias = self.fc2.bias
             if bias is not None:  # a softmax over time does not see it, and its gradient would be rounding alone
                 bias = bias.detach() + 0 * bias
@@ -477,7 +477,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int 
         groups: Groups of channels, each with its part of the weight.
     """
     batch, channels, frames = x.shape
-    if x.device.type == "cpu" and frames and not torch.compiler.is_compiling():
+    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if x.device.type == "cpu" and frames and not compiles:
         return F.conv1d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), groups=groups)
     # With one group every reshape is a view.
     parts = x.reshape(batch * groups, channels // groups, frames)

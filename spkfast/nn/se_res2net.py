@@ -407,7 +407,8 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
 def masked_mean(x: Tensor, frames: Frames | None) -> Tensor:
     """Mean over the real frames of (B, C, T), shape (B, C), summed in float32; 0 for a row without any."""
     if frames is None:
-        return x.mean(dim=-1)
+        # Cast before, since torch.onnx drops the type of a mean.
+        return x.to(torch.promote_types(x.dtype, torch.float32)).mean(dim=-1).to(x.dtype)
     return weighted_moments(x, None, frames.lengths).mean.to(x.dtype)
 
 

@@ -203,7 +203,9 @@ def test_a_long_utterance_costs_no_digits(monkeypatch: pytest.MonkeyPatch, level
     x, params = noise(1, 16, 6000), noisy_block(16, 2, 8, units=8)
     squeeze, out = params.squeeze, params.out
     assert out.shift is not None
-    params = params._replace(out=out._replace(shift=out.shift + 50), squeeze=squeeze._replace(weight=squeeze.weight / 100))
+    params = params._replace(
+        out=out._replace(shift=out.shift + 50), squeeze=squeeze._replace(weight=squeeze.weight / 100)
+    )
 
     def call(dtype: torch.dtype, name: Backend = "reference") -> Tensor:
         return run(x.to(dtype), mapped(params, lambda value: value.to(dtype)), dialect="wespeaker", backend=name)

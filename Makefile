@@ -29,7 +29,7 @@ PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(
 
 # Folders are listed too: adding or removing a file changes them.
 SOURCES := setup.py CMakeLists.txt $(shell find csrc kernels/cuda 2>/dev/null)
-CPP_FILES = $(shell find csrc kernels tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $(shell find csrc kernels tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup build lint format test test-full sanitize demo bench gpu-check gpu-status docs wheel clean
 .DELETE_ON_ERROR:

@@ -376,9 +376,9 @@ def _benchmark(part: str, device_name: str) -> dict[str, Any]:
 
 def _network(name: str, device: str) -> dict[str, Any]:
     from benchmarks.data import bench_augmentation_gpu
-    from benchmarks.models import bench_ecapa_gpu, bench_training_gpu
+    from benchmarks.models import bench_ecapa_gpu, bench_latency_gpu, bench_training_gpu
 
-    modules = (bench_ecapa_gpu, bench_augmentation_gpu, bench_training_gpu)
+    modules = (bench_ecapa_gpu, bench_augmentation_gpu, bench_latency_gpu, bench_training_gpu)
     measure: Callable[[str, str], dict[str, Any]] = next(one.measure for one in modules if name in one.PARTS)
     return measure(name, device)
 

@@ -23,7 +23,8 @@ _ENTRIES = {
     "triton": ("kernels/triton/{op}.py",),
 }
 # By part of benchmarks/models/bench_ecapa_gpu.py (whole networks), benchmarks/data/bench_augmentation_gpu.py (the
-# batches that go in) and benchmarks/models/bench_training_gpu.py (a training run): the ratio ``peer / ours``, or
+# batches that go in), benchmarks/models/bench_latency_gpu.py (a waveform, by each way without TensorRT) and
+# benchmarks/models/bench_training_gpu.py (a training run): the ratio ``peer / ours``, or
 # ``what of whom``, and the bound that it is to keep, where there is one.
 FIGURES: dict[str, dict[str, dict[str, float]]] = {
     "embeddings, 512 channels": {
@@ -56,6 +57,12 @@ FIGURES: dict[str, dict[str, dict[str, float]]] = {
         "milliseconds of spkfast, draws included": {},
         "milliseconds of spkfast, int16 to waveforms": {},
         "milliseconds of spkfast, waveforms to features": {},
+    },
+    "latency of a waveform, 512 channels": {
+        "microseconds of kernels, network in a graph": {},
+        "microseconds of AOTInductor in a graph": {},
+        "microseconds of torch.compile": {},
+        "torch.compile / kernels, network in a graph": {},
     },
     "training, from files": {
         "usual way / spkfast": {"at_least": 1.8},
@@ -150,7 +157,8 @@ def page(root: Path = ROOT, folder: Path = RESULTS) -> str:
         "ECAPA-TDNN beside plain torch in one run, as `benchmarks/models/bench_ecapa_gpu.py` measures it: embeddings",
         "of 256 utterances of 200 frames, the latency of one, a training step of 512. And 512 crops of 2 s of int16",
         "that change their speed, get a room and a noise, and become features, by",
-        "`benchmarks/data/bench_augmentation_gpu.py`. And training runs from FLAC files, batches of 512, of this",
+        "`benchmarks/data/bench_augmentation_gpu.py`. And one waveform of 2 s to its embedding, by",
+        "`benchmarks/models/bench_latency_gpu.py`. And training runs from FLAC files, batches of 512, of this",
         "project's loop and of the usual pipeline, by `benchmarks/models/bench_training_gpu.py`, which needs scipy,",
         "soundfile and accelerate too. What errs too much counts in no figure.",
         "",

@@ -13,7 +13,7 @@ from benchmarks import gpu_check, gpu_status
 from benchmarks.data import bench_augmentation_gpu
 from benchmarks.gpu_status import FIGURES
 from benchmarks.models import bench_ecapa_gpu as bench
-from benchmarks.models import bench_training_gpu
+from benchmarks.models import bench_latency_gpu, bench_training_gpu
 from benchmarks.timing import Figure
 
 EMBEDDINGS, TRAINING, LATENCY = "embeddings, 512 channels", "training, 512 channels", "latency, 512 channels"
@@ -21,7 +21,8 @@ PEERS = {"torch eager bf16", "torch.compile bf16"}
 
 
 def test_every_part_has_figures() -> None:
-    assert [*bench.PARTS, *bench_augmentation_gpu.PARTS, *bench_training_gpu.PARTS] == list(FIGURES)
+    modules = (bench, bench_augmentation_gpu, bench_latency_gpu, bench_training_gpu)
+    assert [name for module in modules for name in module.PARTS] == list(FIGURES)
 
 
 def test_augmentation_on_a_cpu() -> None:
@@ -29,6 +30,16 @@ def test_augmentation_on_a_cpu() -> None:
     result = bench_augmentation_gpu.measure(name, "cpu")
     assert [figure["name"] for figure in result["figures"]] == list(FIGURES[name])
     assert all(row["counts"] and row["max_error"] == 0 for row in result["contenders"].values())
+    json.dumps(result)
+
+
+@pytest.mark.full
+def test_latency_of_a_waveform_on_a_cpu() -> None:
+    torch._dynamo.reset()
+    (name,) = bench_latency_gpu.PARTS
+    result = bench_latency_gpu.measure(name, "cpu")
+    assert not result["absent"] and all(row["counts"] for row in result["contenders"].values())
+    assert [figure["name"] for figure in result["figures"]] == list(FIGURES[name])
     json.dumps(result)
 
 

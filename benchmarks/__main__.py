@@ -45,6 +45,7 @@ QUICK = {
     "--most-speakers": "2000",
     "--share": "0.01",
     "--sizes": "small",
+    "--seconds": "1",
     "--precisions": "fp32",
     "--recipe": "espnet",
 }

@@ -38,6 +38,19 @@ _BLOCK = re.compile(r"(<!-- bench:summary -->)\n.*?(<!-- /bench:summary -->)", r
 
 _LABELS = {"frontend": "front-end", "case": "case"}  # what tells the rows of a record apart, and its heading
 
+# Heading of records that compare ways of embedding with the same weights, and what the ways are.
+_WAYS = {
+    "precisions": (
+        "The same weights at every precision: EER and scores",
+        "`spkfast.nn.set_precision`, int8 calibrated on training utterances",
+    ),
+    "exports": (
+        "The same weights through exported graphs: EER and scores",
+        "`spkfast.export.to_onnx`, graphs of waveforms in onnxruntime on the CPU, half precision rounded tensor by "
+        "tensor; int8 calibrated on training utterances, for CPUs and for TensorRT",
+    ),
+}
+
 # Heading and format of what a contender's row may hold beside its time.
 _COLUMNS = {
     "us_per_frame": ("us a frame", ".2f"),
@@ -115,7 +128,7 @@ def text(records: Iterable[dict[str, Any]], origin: str = _ORIGIN, above: Sequen
     parts = [_HEAD.format(origin=origin), *(["\n".join(above)] if above else [])]
     parts += [_accuracy(record) for record in records if record.get("benchmark") == "real_speech"]
     parts += [_bundled(record) for record in records if record.get("benchmark") == "bundled"]
-    parts += [_precisions(record) for record in records if record.get("benchmark") == "precisions"]
+    parts += [_precisions(record) for record in records if record.get("benchmark") in _WAYS]
     parts += [_speed(record) for record in records if "op" in record]
     return "\n".join(parts)
 
@@ -181,11 +194,12 @@ def _taught(record: dict[str, Any]) -> str:
 
 def _precisions(record: dict[str, Any]) -> str:
     model = record["model"]
+    heading, ways = _WAYS[record["benchmark"]]
     lines = [
-        "## The same weights at every precision: EER and scores",
+        f"## {heading}",
         "",
         f"{_machine(record)}, {record['date']}. The model `{model['name']}`, ECAPA-TDNN of "
-        f"{model['config']['channels']} channels; `spkfast.nn.set_precision`, int8 calibrated on training utterances. "
+        f"{model['config']['channels']} channels; {ways}. "
         "Changes are against the network's modules in float32, in place of its kernels, with 95 % intervals of a "
         "bootstrap over speakers that pairs both.",
         "",

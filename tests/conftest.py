@@ -14,7 +14,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
 
-REQUIREMENTS = ("speech", "golden", "nvcc", "triton", "cuda", "tensorrt", "tensorrt-bindings", "openvino", "onnxruntime-cpp")
+REQUIREMENTS = (
+    "speech", "golden", "nvcc", "triton", "cuda", "tensorrt", "tensorrt-bindings", "openvino", "onnxruntime-cpp",
+)  # fmt: skip
 
 
 def required() -> list[str]:

@@ -11,6 +11,7 @@ import pkgutil
 import platform
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,8 +38,9 @@ _TRANSFORMED = dict.fromkeys(
 _PACKAGE = Path(__file__).parent
 _REBUILD = 'build it with: pip install --no-build-isolation -e "."'
 
-# A plain global, which torch.compile can follow; in other threads the reference is slower, and right.
-_only_reference = False
+# How many ask for it: a plain global, which torch.compile can follow. What other threads compute meanwhile is slower.
+_only_reference = 0
+_ONLY_REFERENCE_LOCK = threading.Lock()
 
 # device type -> op -> backend -> reason why it is missing, empty where it exists; filled once by load().
 _MISSING: dict[str, dict[str, dict[str, str]]] = {}
@@ -89,11 +91,13 @@ def resolve(device: torch.device, backend: str, op: str, limits: Mapping[str, st
 def only_reference() -> Iterator[None]:
     """While it lasts ``auto`` takes the reference, as graphs for runtimes need it that know no ops of ours."""
     global _only_reference
-    before, _only_reference = _only_reference, True
+    with _ONLY_REFERENCE_LOCK:
+        _only_reference += 1
     try:
         yield
     finally:
-        _only_reference = before
+        with _ONLY_REFERENCE_LOCK:
+            _only_reference -= 1
 
 
 def is_transformed() -> bool:

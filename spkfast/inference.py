@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import math
 import os
 import shutil
 import warnings
@@ -121,13 +122,15 @@ class SpeakerEncoder:
                 of wespeaker, speechbrain, 3D-Speaker, TaoRuijie or ESPnet, a file or folder, as
                 :func:`spkfast.models.checkpoint_files.import_checkpoint` reads them; or, where there is no such path, a
                 name of :func:`spkfast.models.bundled.list`; or a file of :mod:`spkfast.export`, ``.onnx``,
-                ``.engine`` or ``.pt2``, which another runtime computes at the precision of the file.
+                ``.engine``, ``.plan`` or ``.pt2``, which another runtime computes. A ``.pt2`` package is code: load
+                only what you trust.
             frontend: Front-end that the model is expected to have; any other is an error. For another toolkit's, the
                 front-end to take in place of the one that its settings or its family tell. Either may be the name of a
                 preset, which takes the number of its mel bands from the model.
             family: Toolkit of a checkpoint whose keys do not tell: ``speechbrain`` or ``3dspeaker``.
             device: ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` takes CUDA where there is one, and a CPU for ``int8``.
-            precision: See :attr:`precision`. ``int8`` needs a folder in which 'spkfast calibrate' left ranges.
+            precision: See :attr:`precision`. ``int8`` needs a folder in which 'spkfast calibrate' left ranges. An
+                exported file has its own; any other that is asked for, but for ``fp32``, is an error.
 
         Raises:
             InputError: If a file is missing, damaged, of another format version, or disagrees with the rest; if a
@@ -201,11 +204,11 @@ class SpeakerEncoder:
 
         if family is not None:
             raise InputError(f"{path}: is an exported graph, family={family!r} was asked for")
-        place = torch.device("cpu") if device == "auto" and path.suffix == ".onnx" else _device(device, nn.Module())
+        place = None if device == "auto" else _device(device, nn.Module())
         net, spec, threshold = load_graph(path, place, frontend)
         if precision not in ("fp32", net.precision):
             raise InputError(f"{path}: was exported at precision {net.precision!r}, {precision!r} was asked for")
-        limit = Threshold(float(threshold["value"]), str(threshold["list"])) if threshold else None
+        limit = Threshold(**threshold) if threshold else None
         return cls(net, spec, threshold=limit, device=net.device)
 
     def _at(self, precision: str, source: str | os.PathLike[str]) -> SpeakerEncoder:
@@ -503,7 +506,13 @@ class SpeakerEncoder:
 
     def _embed_batches(self, waveforms: list[np.ndarray], backend: Backend, most: int) -> list[Tensor | str]:
         rows: dict[int, Tensor | str] = {}
-        for batch in _batches([len(w) for w in waveforms], most):
+        longest = getattr(self.model, "max_samples", None) or math.inf
+        for i, waveform in enumerate(waveforms):
+            if len(waveform) > longest:
+                rate = self.frontend.sample_rate
+                rows[i] = f"has {len(waveform) / rate:.3f} s, the exported graph takes {longest / rate:.3f} s at most"
+        fitting = [i for i in range(len(waveforms)) if i not in rows]
+        for batch in _batches({i: len(waveforms[i]) for i in fitting}, most, getattr(self.model, "max_batch", None)):
             embeddings = self._forward([waveforms[i] for i in batch], backend)
             for i, embedding, good in zip(batch, embeddings, embeddings.isfinite().all(dim=1).tolist(), strict=True):
                 seconds = len(waveforms[i]) / self.frontend.sample_rate
@@ -570,10 +579,10 @@ def _names(audios: Sequence[Any]) -> list[str]:
     return [str(audio) if _is_file(audio) else f"audio {i}" for i, audio in enumerate(audios)]
 
 
-def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:
+def _batches(lengths: dict[int, int], most: int, most_rows: int | None = None) -> Iterator[list[int]]:
     batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[i] > most:
+    for i in sorted(lengths, key=lambda i: lengths[i]):
+        if batch and ((len(batch) + 1) * lengths[i] > most or len(batch) == most_rows):
             yield batch
             batch = []
         batch.append(i)

@@ -103,7 +103,7 @@ def test_batches_are_bounded():
     from spkfast.inference import _batches
 
     lengths = np.random.default_rng(0).integers(400, 50000, size=100).tolist()
-    batches = list(_batches(lengths, 60000))
+    batches = list(_batches(dict(enumerate(lengths)), 60000))
     assert sorted(i for batch in batches for i in batch) == list(range(100))
     assert all(len(batch) * max(lengths[i] for i in batch) <= 60000 for batch in batches)
     assert max(len(batch) for batch in batches) > 3

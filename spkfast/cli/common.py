@@ -29,10 +29,7 @@ Item = TypeVar("Item")
 
 BACKENDS = ("auto", "reference", "native", "triton")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-MODEL_HELP = (
-    "folder of the model, checkpoint of another toolkit, file of 'spkfast export', or ecapa-mini, which comes with the "
-    "package"
-)
+MODEL_HELP = "folder of the model, checkpoint of another toolkit, or ecapa-mini, which comes with the package"
 
 _SECONDS_BETWEEN_LINES = 30.0
 

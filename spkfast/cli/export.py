@@ -287,6 +287,7 @@ def _triton_server(argv: list[str]) -> None:
 
 def _aotinductor(argv: list[str]) -> None:
     parser = Parser("export aotinductor", "a compiled package that needs libtorch alone, for one kind of device")
+    parser.epilog = "A package is code, which runs when it is loaded: load only what you trust."
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", help="file to write, .pt2")
     parser.add_argument("--inputs", choices=INPUTS, default="waveform", help="what the package takes [waveform]")

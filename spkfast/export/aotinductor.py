@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 
 from spkfast.errors import InputError, check_name
-from spkfast.export.graph import EmbeddingGraph, Inputs, plain_operators
+from spkfast.export.graph import INPUTS, EmbeddingGraph, Inputs, plain_operators
 from spkfast.export.onnx import BOUNDS, _metadata, _voice
 from spkfast.frontends import FrontendSpec
 from spkfast.inference import SpeakerEncoder
@@ -36,6 +37,8 @@ LAYOUTS = ("padded", "equal")
 # Sets of instructions of x86, each with those before it, as torch names them.
 _LEVELS = ("DEFAULT", "AVX2", "AVX512")
 _OURS = ("spkfast_version", "inputs", "layout", "precision", "min_size", "max_size", "max_batch", "torch_version")
+# The type of float32 products is one of the whole process.
+_TURN = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +135,10 @@ def to_aotinductor(
     graph = EmbeddingGraph(encoder, inputs=inputs, precision=precision, form=form).to(place)
     spec = encoder.frontend
     step = 1 if graph.frontend is None else spec.frame_shift
-    most = int(max_seconds * spec.sample_rate) // (spec.frame_shift if graph.frontend is None else 1)
+    samples = int(max_seconds * spec.sample_rate) if math.isfinite(max_seconds) else 0
+    most = samples // (spec.frame_shift if graph.frontend is None else 1)
     if most < graph.min_size:
-        raise InputError(f"max_seconds must be at least that of a frame, got {max_seconds!r}")
+        raise InputError(f"max_seconds must be at least that of a frame, and finite, got {max_seconds!r}")
     metadata = _metadata(encoder, graph, precision, layout, "", "unknown") | {
         "min_size": str(graph.min_size),
         "max_size": str(most),
@@ -169,13 +173,14 @@ class AotGraph:
 
     On a GPU a batch is padded to the next power of two of rows and, where the package takes lengths, the next multiple
     of ``step_seconds``, and the CUDA graph of that size replayed; the first batch of a size captures it. No result
-    changes by that. On a CPU batches run as they are. Several threads and streams may call; calls follow one another.
+    changes by that. On a CPU batches run as they are. Several threads and streams may call; calls of all packages of a
+    process follow one another.
 
     A package is a program: to load it runs what its author compiled. What stands in its metadata is checked before.
 
     Args:
         path: File written by :func:`to_aotinductor`.
-        device: Where to run, of the kind that it was compiled for; None for the first of that kind.
+        device: Where to run, of the kind that it was compiled for; None for that kind, of GPUs the current one.
         max_graphs: Most CUDA graphs; the least recently used one goes first. They share the memory of what lies between
             input and output.
         step_seconds: What lengths are padded to a multiple of.
@@ -185,9 +190,11 @@ class AotGraph:
         metadata: What the package says of itself.
         inputs: Names of the inputs, in their order.
         device: Where it runs.
+        max_batch: Most rows of a batch.
+        max_samples: Samples of the longest row; None where the package takes features.
 
     Raises:
-        InputError: If the file is no such package, or was compiled for another device, machine or torch.
+        InputError: If the file is no such package or damaged, or was compiled for another device, machine or torch.
     """
 
     def __init__(
@@ -206,29 +213,39 @@ class AotGraph:
         self._path = Path(path)
         self.metadata = facts = read_metadata(self._path)
         kind = facts["AOTI_DEVICE_KEY"]
+        if kind not in ("cpu", "cuda"):
+            raise InputError(f"{path}: was compiled for {kind!r}, not for cpu or cuda: export it again")
         place = torch.device(kind if device is None else device)
         if place.type != kind:
             raise InputError(f"{path}: was compiled for {kind}, not {place.type}: export it for that device")
         _check_machine(place)
         if kind == "cuda":
             place = torch.device(kind, torch.cuda.current_device() if place.index is None else place.index)
-        problem = _difference(facts, place)
+        try:
+            problem = _difference(facts, place)
+            rows, least, most = (int(facts[key]) for key in ("max_batch", "min_size", "max_size"))
+            if rows < 1 or not 1 <= least <= most:
+                raise InputError(f"it takes 1 to {rows} rows of {least} to {most}")
+            check_name("inputs", facts["inputs"], list(INPUTS))
+            check_name("layout", facts["layout"], list(LAYOUTS))
+            spec = FrontendSpec.from_dict(json.loads(facts["frontend"]))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: damaged: {error}: export it again") from error
         if problem:
             raise InputError(f"{path}: {problem}: export it again here")
         self.device = place
         waveforms = facts["inputs"] == "waveform"
+        self.max_batch, self.max_samples = rows, most if waveforms else None
         self.inputs = ("waveform" if waveforms else "feats", *(("lengths",) if facts["layout"] == "padded" else ()))
-        spec = FrontendSpec.from_dict(json.loads(facts["frontend"]))
         self._bands = () if waveforms else (spec.output_size,)
         self._step = max(1, round(step_seconds * spec.sample_rate / (1 if waveforms else spec.frame_shift)))
-        self._limits = int(facts["max_batch"]), int(facts["min_size"]), int(facts["max_size"])
+        self._limits = rows, least, most
         self._max_graphs, self._cuda_graphs = max_graphs, cuda_graphs
         # Without the events by which it keeps threads apart, which no capture allows.
         self._model = torch._inductor.aoti_load_package(
             str(self._path), run_single_threaded=True, device_index=-1 if place.index is None else place.index
         )
         self._graphs: dict[tuple[int, ...], _Graph] = {}
-        self._lock = threading.Lock()
         self._gpu = _Gpu()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -243,7 +260,7 @@ class AotGraph:
         """
         signal = self._check(inputs)
         lengths = inputs.get("lengths")
-        with self._lock, torch.no_grad(), _float32_products():
+        with torch.no_grad(), _float32_products():
             if self._cuda_graphs and self._gpu.captures_on(self.device):
                 return self._replay(signal, lengths)
             return self._run(signal.to(self.device), None if lengths is None else lengths.to(self.device))
@@ -254,7 +271,7 @@ class AotGraph:
 
     def clear(self) -> None:
         """Drops all CUDA graphs."""
-        with self._lock:
+        with _TURN:
             self._gpu.finish()
             self._graphs = {}
 
@@ -337,10 +354,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             facts = json.loads(archive.read(name))
     except (OSError, zipfile.BadZipFile, StopIteration, ValueError) as error:
         raise InputError(f"{path}: is no AOTInductor package: {error or 'it has no metadata'}") from error
+    if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
+        raise InputError(f"{path}: damaged: its metadata are no texts by name: export it again")
     missing = [key for key in (*_OURS, "frontend", "AOTI_DEVICE_KEY") if key not in facts]
     if missing:
         raise InputError(f"{path}: is no package of to_aotinductor: it has no {missing[0]!r}")
-    return dict(facts)
+    return facts
 
 
 def _difference(facts: Mapping[str, str], place: torch.device) -> str:
@@ -377,15 +396,16 @@ def _check_machine(place: torch.device) -> None:
 
 @contextlib.contextmanager
 def _float32_products() -> Iterator[None]:
-    """fp32 means fp32: TF32 would ruin a front-end."""
+    """fp32 means fp32: TF32 would ruin a front-end. One after the other, or one would restore what another one set."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        matmul.fp32_precision = before
+    with _TURN:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                yield
+        finally:
+            matmul.fp32_precision = before
 
 
 def _exported(
@@ -411,7 +431,7 @@ def _exported(
 def _compared(
     encoder: SpeakerEncoder, graph: AotGraph, rows: int, most: int
 ) -> tuple[tuple[tuple[int, ...], ...], float, float]:
-    """Batches that were run, largest relative error and smallest cosine of an embedding."""
+    """Batches that were run, largest relative error and smallest cosine of an embedding; NaN where there is one."""
     network = copy.deepcopy(encoder.model).cpu().float()
     for module in network.modules():
         if isinstance(module, InferenceLayer):
@@ -434,7 +454,8 @@ def _compared(
             want = exact._forward(voices, "auto").double()
             signal, counts = exact._padded(voices) if waveforms else exact._features(voices, "auto")
         have = graph(dict(zip(graph.inputs, (signal, counts), strict=False))).double().cpu()
-        errors.append(float(((have - want).norm(dim=1) / want.norm(dim=1)).max()))
-        cosines.append(float(torch.cosine_similarity(have, want, dim=1).min()))
+        errors.append((have - want).norm(dim=1) / want.norm(dim=1))
+        cosines.append(torch.cosine_similarity(have, want, dim=1))
         checked.append(tuple(counts.tolist()))
-    return tuple(checked), max(errors), min(cosines)
+    # torch's extremes keep NaN, Python's may drop it.
+    return tuple(checked), float(torch.cat(errors).max()), float(torch.cat(cosines).min())

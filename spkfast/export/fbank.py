@@ -14,7 +14,6 @@ from spkfast import frontend_tables
 from spkfast.errors import InputError
 from spkfast.frontend_tables import Settings, Table
 from spkfast.frontends import FrontendSpec, require_spec
-from spkfast.reference.log_mel_fbank import count_frames
 
 Form = Literal["conv", "matmul"]
 
@@ -116,9 +115,12 @@ class FbankGraph(nn.Module):
             frame_lengths = torch.full_like(waveforms[:, 0], num_frames, dtype=torch.int64)
         else:
             lengths = lengths.clamp(max=samples)
-            frame_lengths = count_frames(lengths, s)
             inside = _range(samples, lengths) < lengths[:, None]
-            frames_inside = (_range(num_frames, lengths) < frame_lengths[:, None])[:, None]  # [B, 1, T]
+            # By the samples that each frame needs: a division rounds towards zero or down as the runtime likes.
+            needed = (_range(num_frames, lengths) * s.frame_shift + s.first_frame).clamp_min(1)
+            frames_inside = needed <= lengths[:, None]
+            frame_lengths = frames_inside.sum(dim=1)
+            frames_inside = frames_inside[:, None]  # [B, 1, T]
         features = self._features(self._padded(self._signal(waveforms, lengths, inside), lengths, inside), num_frames)
         features = self._normalized(features, frame_lengths, frames_inside).transpose(1, 2)
         if s.frame_multiple > 1:

@@ -98,6 +98,7 @@ class RaggedGraph(EmbeddingGraph):
 
     def __init__(self, encoder: SpeakerEncoder, **options: Any) -> None:
         super().__init__(encoder, **options)
+        self.frame_length = encoder.frontend.frame_length
         if self.frontend is None:
             raise InputError(f"a ragged batch is one of waveforms, got inputs={self.inputs!r}")
 
@@ -116,7 +117,7 @@ class RaggedGraph(EmbeddingGraph):
         index = begins[:, None] + torch.arange(longest.shape[0], device=waveform.device)
         padded = waveform.index_select(0, index.clamp(max=waveform.shape[0] - 1).flatten()).reshape(index.shape)
         found = super().forward(padded, lengths.long())
-        return found.masked_fill((lengths < self.min_size)[:, None], torch.nan)
+        return found.masked_fill((lengths < self.frame_length)[:, None], torch.nan)
 
 
 class _Affine(nn.Module):

@@ -27,12 +27,14 @@ TENSORRT_OPERATORS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather"), _ANY),
     **dict.fromkeys(("GatherElements", "GatherND", "Identity", "Reshape", "Shape", "Size", "Slice", "Split"), _ANY),
     **dict.fromkeys(("Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where"), _ANY),
-    **dict.fromkeys(("Abs", "Add", "Div", "Equal", "Greater", "GreaterOrEqual", "Less"), _FLOAT | _INTEGER | _BOOL),
-    **dict.fromkeys(("LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Pad", "Range"), _FLOAT | _INTEGER | _BOOL),
+    **dict.fromkeys(("Abs", "Add", "Div", "Equal", "Greater", "GreaterOrEqual", "Less"), _FLOAT | _INTEGER),
+    **dict.fromkeys(("LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Pad", "Range"), _FLOAT | _INTEGER),
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), _FLOAT | _INTEGER),
     **dict.fromkeys(("ReduceL2", "ReduceSumSquare", "Relu", "ScatterElements", "Sign", "Sub"), _FLOAT | _INTEGER),
     **dict.fromkeys(("And", "Not", "Or", "Xor"), _BOOL),
-    **dict.fromkeys(("Ceil", "Clip", "Conv", "Cos", "Erf", "Exp", "Floor", "Gemm", "LeakyRelu", "Log"), _FLOAT),
+    # Of integers the table has no Clip, the parser does.
+    "Clip": _FLOAT | _INTEGER,
+    **dict.fromkeys(("Ceil", "Conv", "Cos", "Erf", "Exp", "Floor", "Gemm", "LeakyRelu", "Log"), _FLOAT),
     **dict.fromkeys(("LogSoftmax", "MatMul", "Pow", "Reciprocal", "Round", "Sigmoid", "Sin", "Softmax"), _FLOAT),
     **dict.fromkeys(("Softplus", "Sqrt", "Tanh", "BatchNormalization", "LayerNormalization"), _FLOAT),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _FLOAT | {"int8"}),
@@ -96,7 +98,7 @@ def unsupported_by_tensorrt(model: Any, types: dict[str, str]) -> list[str]:
         if allowed is None or node.domain not in ("", "ai.onnx"):
             found.append(f"{node.op_type} {node.name}: not in the operator table")
             continue
-        wrong = {types[name] for name in (*node.input, *node.output) if name in types} - allowed - _INTEGER - _BOOL
+        wrong = {types[name] for name in _values(node) if name in types} - allowed
         if wrong:
             found.append(f"{node.op_type} {node.name}: {', '.join(sorted(wrong))}")
         if node.op_type in _CONSTANT_AXES and len(node.input) > 1 and node.input[1] not in constants:
@@ -108,6 +110,15 @@ def unsupported_by_tensorrt(model: Any, types: dict[str, str]) -> list[str]:
             if zero is None or np.any(onnx.numpy_helper.to_array(zero)):
                 found.append(f"{node.op_type} {node.name}: its zero point is no constant 0")
     return found
+
+
+def _values(node: Any) -> list[str]:
+    """Tensors of a node whose type the table tells: not sizes, axes, indices and conditions."""
+    if node.op_type in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
+        return list(node.input)
+    if node.op_type in ("Cast", "Where", "Shape", "Size", "QuantizeLinear", "DequantizeLinear"):
+        return [*node.input, *node.output]
+    return [*node.input[:1], *node.output]
 
 
 def operators_of(model: Any) -> dict[str, int]:

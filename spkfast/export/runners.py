@@ -21,7 +21,7 @@ from spkfast.models.checkpoint_files import fitting_preset
 
 
 class Graph(Protocol):
-    """An exported graph that can be called.
+    """An exported graph that can be called; with limits it has ``max_batch`` and ``max_samples``, too.
 
     Attributes:
         metadata: What the file says of itself.
@@ -50,6 +50,8 @@ class GraphNetwork(nn.Module):
         precision: What it multiplies.
         fingerprint: As :attr:`spkfast.SpeakerEncoder.fingerprint`: at ``fp32`` that of the model it was exported from,
             whose embeddings it gives.
+        max_batch: Most rows of a batch, or None.
+        max_samples: Most samples of a row, or None.
         device: Where it runs.
     """
 
@@ -60,8 +62,10 @@ class GraphNetwork(nn.Module):
         self.takes_waveforms = "waveform" in graph.inputs
         self.embedding_dim = int(facts.get("embedding_dim", 0))
         self.precision = facts.get("precision", "fp32")
-        model = facts.get("model_hash", "")
-        self.fingerprint = model if model and self.precision == "fp32" else digest[:16]
+        self.max_batch: int | None = getattr(graph, "max_batch", None)
+        self.max_samples: int | None = getattr(graph, "max_samples", None)
+        model, exact = facts.get("model_hash", ""), self.precision == "fp32" and getattr(graph, "exact", True)
+        self.fingerprint = model if model and exact else digest[:16]
         self._min_size = int(facts.get("min_samples", 1)) if self.takes_waveforms else 1
 
     def forward(self, signal: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -108,20 +112,22 @@ class OnnxGraph:
 
     Args:
         path: The file.
-        device: ``cpu`` or ``cuda``, which needs the package onnxruntime-gpu.
+        device: ``cpu``, or ``cuda``, which needs the package onnxruntime-gpu; None takes the CPU.
         threads: Of one operator on the CPU; None takes as many as torch does.
 
     Raises:
         InputError: If onnxruntime is missing or does not read the file, or has no such device.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: torch.device, *, threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], device: torch.device | None, *, threads: int | None = None
+    ) -> None:
         if importlib.util.find_spec("onnxruntime") is None:
             raise InputError(f"{path}: running it needs the package 'onnxruntime': pip install onnxruntime")
         import onnxruntime
 
         providers: list[Any] = ["CPUExecutionProvider"]
-        if device.type == "cuda":
+        if device is not None and device.type == "cuda":
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
                 raise InputError(f"{path}: device 'cuda' needs onnxruntime-gpu, this onnxruntime has none")
             # TensorFloat-32 would ruin the front-end.
@@ -136,7 +142,6 @@ class OnnxGraph:
         self.metadata: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.inputs = tuple(node.name for node in self._session.get_inputs())
         self.device = torch.device("cpu")  # of what it takes and gives; it copies by itself
-        self._ran_on = device
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first output, of inputs by name."""
@@ -147,18 +152,19 @@ class OnnxGraph:
         return torch.from_numpy(found[0])
 
 
-def _tensorrt(path: Path, device: torch.device) -> Graph:
-    graph: Graph = importlib.import_module("spkfast.export.tensorrt").TensorRTGraph(path, device=device)
+def _tensorrt(path: Path, device: torch.device | None) -> Graph:
+    place = torch.device("cuda") if device is None else device
+    graph: Graph = importlib.import_module("spkfast.export.tensorrt").TensorRTGraph(path, device=place)
     return graph
 
 
-def _aotinductor(path: Path, device: torch.device) -> Graph:
+def _aotinductor(path: Path, device: torch.device | None) -> Graph:
     graph: Graph = importlib.import_module("spkfast.export.aotinductor").AotGraph(path, device=device)
     return graph
 
 
 # By suffix; each takes the path and the device.
-RUNNERS: dict[str, Callable[[Path, torch.device], Graph]] = {
+RUNNERS: dict[str, Callable[[Path, torch.device | None], Graph]] = {
     ".onnx": OnnxGraph,
     ".engine": _tensorrt,
     ".plan": _tensorrt,
@@ -167,13 +173,13 @@ RUNNERS: dict[str, Callable[[Path, torch.device], Graph]] = {
 
 
 def load_graph(
-    path: Path, device: torch.device, frontend: FrontendSpec | str | None
+    path: Path, device: torch.device | None, frontend: FrontendSpec | str | None
 ) -> tuple[GraphNetwork, FrontendSpec, dict[str, Any] | None]:
     """A file of a suffix in :data:`RUNNERS` as a network, its front-end, and its threshold as the metadata have it.
 
     Args:
         path: The file.
-        device: Where to run it.
+        device: Where to run it; None for where it was made to run.
         frontend: What the front-end is expected to be; that of features whose file does not tell.
 
     Raises:
@@ -204,5 +210,10 @@ def load_graph(
     assert spec is not None
     require_spec(spec)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    threshold = json.loads(facts["threshold"]) if "threshold" in facts else None
-    return GraphNetwork(graph, digest), spec, threshold
+    try:
+        threshold = json.loads(facts["threshold"]) if "threshold" in facts else None
+        if threshold is not None:
+            threshold = {"value": float(threshold["value"]), "list": str(threshold["list"])}
+        return GraphNetwork(graph, digest), spec, threshold
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged metadata: {error}") from error

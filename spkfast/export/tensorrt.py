@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,17 @@ def build_tensorrt(
         device: GPU to build on.
 
     Raises:
-        InputError: If a setting or the file is unfit; TensorRT or a GPU is missing; an operator is not supported; the
-            build fails; or embeddings differ too much.
+        InputError: If a setting or the file is unfit; nothing can be written there; TensorRT or a GPU is missing; an
+            operator is not supported; the build fails; or embeddings differ too much.
     """
+    target = Path(engine_path)
+    for file in (target, sidecar_path(target)):
+        if file.is_dir():
+            raise InputError(f"engine_path: a file is expected, {file} is a folder: name a file in it")
+    if not target.parent.is_dir():
+        raise InputError(f"engine_path: a file in an existing folder is expected, got {target}: make its folder first")
+    if timing_cache is not None and Path(timing_cache).exists() and not Path(timing_cache).is_dir():
+        raise InputError(f"timing_cache: a folder is expected, {timing_cache} is a file: name its folder")
     info, contents = read_onnx(onnx_path)
     plan = plan_build(
         info,
@@ -128,21 +137,22 @@ def build_tensorrt(
     gpu = Gpu(device)
     machine = machine_of(trt, gpu)
     timing = None if timing_cache is None else timing_cache_file(timing_cache, machine)
-    started = time.monotonic()
-    with gpu.current():
-        engine_bytes = _build(trt, info, contents, plan, timing)
-    seconds = time.monotonic() - started
-    target = Path(engine_path)
-    partial = target.with_name(f"{target.name}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(target)
+    with _written("engine_path", target):
+        partial.touch()  # what cannot be written is told before the build, not after
     try:
+        started = time.monotonic()
+        with gpu.current():
+            engine_bytes = _build(trt, info, contents, plan, timing)
+        seconds = time.monotonic() - started
         with gpu.current():
             runtime, engine = deserialized(trt, engine_bytes, version_compatible)
             inputs, outputs = tensors_of(trt, engine)
             del engine, runtime  # in this order
         facts = make_sidecar(info, plan, machine, engine_bytes, inputs, outputs)
-        partial.write_bytes(engine_bytes)
-        sidecar_path(partial).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        with _written("engine_path", target):
+            partial.write_bytes(engine_bytes)
+            sidecar_path(partial).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         parity = () if expected is None else _parity(partial, plan.profiles, expected, gpu.device)
         limit = parity_limit(info.metadata["precision"], tf32)
         worst = max(parity, key=lambda found: found.relative_error, default=None)
@@ -152,8 +162,8 @@ def build_tensorrt(
                 f"{worst.relative_error:.2g}, at most {limit:.2g} is expected, for lengths {list(worst.lengths)}: try "
                 "another TensorRT; validate=False builds it all the same"
             )
-        os.replace(sidecar_path(partial), sidecar_path(target))
-        os.replace(partial, target)
+        with _written("engine_path", target):
+            _put(partial, target)
     finally:
         partial.unlink(missing_ok=True)
         sidecar_path(partial).unlink(missing_ok=True)
@@ -189,6 +199,35 @@ def trtexec_command(
     )
 
 
+def _partial(path: Path) -> Path:
+    """Where a file grows; several processes may write the same one."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+@contextlib.contextmanager
+def _written(argument: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        told = error.strerror or error
+        raise InputError(f"{argument}: {path} cannot be written ({told}): choose a place that can be") from error
+
+
+def _put(partial: Path, target: Path) -> None:
+    """Engine and facts to where they belong, both or neither."""
+    facts = sidecar_path(target)
+    before = facts.read_bytes() if facts.is_file() else None
+    os.replace(sidecar_path(partial), facts)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if before is None:
+            facts.unlink()
+        else:
+            facts.write_bytes(before)
+        raise
+
+
 def _build(trt: Any, info: OnnxInfo, contents: bytes, plan: BuildPlan, timing: Path | None) -> bytes:
     builder = made(trt.Builder, trt)
     # In 11.x all networks are strongly typed, and the flag is deprecated.
@@ -222,8 +261,12 @@ def _build(trt: Any, info: OnnxInfo, contents: bytes, plan: BuildPlan, timing: P
         ensure(bool(optimization), f"{info.path}: TensorRT refuses profile {index}")
         ensure(config.add_optimization_profile(optimization) == index, f"{info.path}: TensorRT refuses profile {index}")
     # Referred to until the end of the build, as TensorRT asks.
-    cache = None if timing is None else config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
+    cache = None
     if timing is not None:
+        with _written("timing_cache", timing):
+            timing.parent.mkdir(parents=True, exist_ok=True)
+            known = timing.read_bytes() if timing.is_file() else b""
+        cache = config.create_timing_cache(known)
         ensure(cache is not None, f"{timing}: no timing cache: delete it")
         ensure(
             config.set_timing_cache(cache, ignore_mismatch=False), f"{timing}: timings of another machine: delete it"
@@ -232,11 +275,14 @@ def _build(trt: Any, info: OnnxInfo, contents: bytes, plan: BuildPlan, timing: P
     if host is None:
         raise InputError(f"{info.path}: TensorRT {trt.__version__} builds no engine{said() or ', and says no reason'}")
     if timing is not None:
-        timing.parent.mkdir(parents=True, exist_ok=True)
-        partial = timing.with_name(f"{timing.name}.partial")
+        partial = _partial(timing)
         cache = config.get_timing_cache()
-        partial.write_bytes(bytes(memoryview(cache.serialize())))
-        os.replace(partial, timing)
+        try:
+            with _written("timing_cache", timing):
+                partial.write_bytes(bytes(memoryview(cache.serialize())))
+                os.replace(partial, timing)
+        finally:
+            partial.unlink(missing_ok=True)
     return bytes(memoryview(host))
 
 
@@ -265,7 +311,8 @@ def _reference(info: OnnxInfo, other: str | os.PathLike[str] | None) -> Any:
 
 
 def _parity(path: Path, profiles: Sequence[Shapes], reference: Any, device: torch.device) -> tuple[Parity, ...]:
-    graph = TensorRTGraph(path, device=device)
+    # A corner must not be padded away from it: the step is one sample or frame.
+    graph = TensorRTGraph(path, device=device, step_seconds=1e-9)
     cases = dict.fromkeys(case for shapes in profiles for case in parity_cases(shapes))
     return tuple(_compare(graph, reference, case, profiles[0]) for case in cases)
 

@@ -47,8 +47,8 @@ class TensorRTGraph:
 
     A batch is padded to the next power of two of rows and, where the graph takes lengths, the next multiple of
     ``step_seconds``, within the profile that this fits closest; no result changes by that. The first batch of a size
-    runs directly, the second one captures its CUDA graph, and all later ones replay it. Several threads and streams
-    may call; calls follow one another.
+    runs directly, the second one captures its CUDA graph, and all later ones replay it; a size that cannot be
+    captured goes on running directly. Several threads and streams may call; calls follow one another.
 
     Args:
         engine_path: File written by :func:`build_tensorrt`, its facts beside it.
@@ -62,7 +62,9 @@ class TensorRTGraph:
     Attributes:
         metadata: What the ONNX file says of the model.
         inputs: Names of the inputs.
-        max_batch: Most rows.
+        max_batch: Most rows, over all profiles.
+        max_samples: Samples of the longest row, over all profiles; None where the graph takes features.
+        exact: Whether float32 products have all their digits, False where the engine was built with ``tf32``.
         device: The GPU.
 
     Raises:
@@ -108,7 +110,11 @@ class TensorRTGraph:
         self._signal, self._output = signal_of(self._infos), outputs[0]
         self.inputs = tuple(self._infos)
         self.max_batch = max(shapes[self._signal][2][0] for shapes in self._profiles)
+        longest = max(shapes[self._signal][2][1] for shapes in self._profiles)
+        self.max_samples = longest if self._signal == "waveform" else None
+        self.exact = not facts["tf32"]
         self._slots: dict[Bucket, _Slot] = {}
+        self._direct: set[Bucket] = set()  # those of which a capture failed
         self._memories: dict[int, Tensor] = {}
         self._lock = threading.Lock()
 
@@ -138,9 +144,9 @@ class TensorRTGraph:
                 self._make_room()
                 slot = self._slot(bucket, stream)
             self._fill(slot, inputs, batch, length)
-            if graph is None and bucket in self._slots and self._cuda_graphs:
-                context = slot.context  # has run once, as a capture needs
-                graph = self._gpu.capture(lambda: self._launch(context, stream))
+            # A context that has run once, as a capture needs.
+            if graph is None and bucket in self._slots and self._cuda_graphs and bucket not in self._direct:
+                graph = self._captured(bucket, slot.context, stream)
             if graph is None:
                 self._launch(slot.context, stream)
             else:
@@ -159,6 +165,7 @@ class TensorRTGraph:
         with self._lock:
             self._gpu.finish()
             self._slots = {}
+            self._direct = set()
 
     def _check(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         """Rows, and samples or frames."""
@@ -225,6 +232,16 @@ class TensorRTGraph:
         if LENGTHS in slot.inputs:
             # A length above S would reach into the padding.
             slot.inputs[LENGTHS][:batch].copy_(inputs[LENGTHS]).clamp_(max=length)
+
+    def _captured(self, bucket: Bucket, context: Any, stream: int) -> Any:
+        """The graph of a size, or None where it has none, which is told once."""
+        try:
+            return self._gpu.capture(lambda: self._launch(context, stream))
+        except (InputError, RuntimeError) as error:
+            self._direct.add(bucket)
+            size = f"{bucket.batch} x {bucket.length}"
+            _logger.warning("%s: %s has no CUDA graph and runs directly: %s%s", self._path, size, error, said())
+            return None
 
     def _launch(self, context: Any, stream: int) -> None:
         ensure(context.execute_async_v3(stream), f"{self._path}: TensorRT did not run it")

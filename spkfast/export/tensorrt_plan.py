@@ -268,10 +268,13 @@ def choose_bucket(profiles: Sequence[Shapes], batch: int, length: int, step: int
 
 
 def parity_cases(shapes: Shapes, rows: int = 4) -> list[ParityCase]:
-    """Batches at the corners of a profile, with few rows of the longest: the reference runs on a CPU."""
+    """Batches of a profile: three corners, and ``rows`` of the commonest length.
+
+    The largest batch is compared at the least length alone: the reference runs on a CPU.
+    """
     least, common, most = shapes[signal_of(shapes)]
     rows = max(least[0], min(rows, most[0]))
-    cases = [(least[0], least[1]), (least[0], most[1]), (rows, common[1])]
+    cases = [(least[0], least[1]), (least[0], most[1]), (most[0], least[1]), (rows, common[1])]
     found = [ParityCase((length,) * batch) for batch, length in dict.fromkeys(cases)]
     if LENGTHS in shapes and rows > 1:
         between = [least[1] + (common[1] - least[1]) * row // (rows - 1) for row in range(rows)]

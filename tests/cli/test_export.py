@@ -94,6 +94,7 @@ def test_help_loads_no_torch():
     assert run.returncode == 0, run.stderr
     for kind in ("onnx", "tensorrt", "triton-server", "aotinductor"):
         assert f"usage: spkfast export {kind} " in run.stdout
+    assert "load only what you trust" in " ".join(run.stdout.split())
 
 
 def test_report_for_programs(exported, model):
@@ -234,6 +235,7 @@ def test_int8_of_audio(spkfast, model, data, tmp_path):
         ("aotinductor M m.so", "m.so: a package is named .pt2"),
         ("aotinductor M m.pt2 --precision int8", "argument --precision: invalid choice: 'int8'"),
         ("aotinductor M m.pt2 --max-seconds 0.001", "max_seconds must be at least that of a frame"),
+        ("aotinductor M m.pt2 --max-seconds nan", "max_seconds must be at least that of a frame, and finite, got nan"),
         ("aotinductor M m.pt2 --device gpu", "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
     ],
 )

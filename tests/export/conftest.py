@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -41,9 +42,11 @@ def trained_like(dialect: str, channels: int) -> SpeakerEncoder:
     spec = spkfast.frontend({"espnet": "taoruijie"}.get(dialect, dialect))
     options = {} if channels >= 512 else {"mfa_channels": 3 * channels, "attention_channels": 32, "se_channels": 32}
     net = create("ecapa_tdnn", channels=channels, dialect=dialect, feature_dim=spec.n_mels, **options)
-    for value in net.parameters():
+    for name, value in net.named_parameters():
         noise = torch.randn(value.shape, generator=generator)
-        value.copy_(noise * math.sqrt(2 / value[0].numel()) if value.ndim > 1 else 0.1 * noise)
+        # Before a ReLU the variance is kept; logits and embeddings begin as small as torch has them.
+        gain = 1 / 3 if re.search(r"fc2|projector", name) else 2
+        value.copy_(noise * math.sqrt(gain / value[0].numel()) if value.ndim > 1 else 0.1 * noise)
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm1d)]
     for norm in norms:
         norm.weight.add_(1)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -66,6 +68,7 @@ def test_equals_the_encoder(small, package) -> None:
     assert max(map(len, report.checked)) > 16 and max(map(max, report.checked)) == 80000
     graph = AotGraph(report.path)
     assert (graph.inputs, graph.device) == (("waveform", "lengths"), torch.device("cpu"))
+    assert (graph.max_batch, graph.max_samples) == (20, 80000)
     for lengths in BATCHES:
         got = graph(batch_of(lengths))
         assert got.dtype == torch.float32
@@ -86,6 +89,55 @@ assert "spkfast" not in sys.modules
     torch.save(batch_of(lengths), report.path.with_suffix(".inputs"))
     subprocess.run([sys.executable, "-c", program], check=True, cwd=report.path.parent)
     assert torch.equal(torch.load(report.path.with_suffix(".output")), AotGraph(report.path)(batch_of(lengths)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_row_that_is_not_finite_is_out_of_bounds(small, package, value: float) -> None:
+    class Broken:
+        inputs, metadata = package.inputs, package.metadata
+
+        def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+            found = torch.stack([small.embed(row[:n]) for row, n in zip(*inputs.values(), strict=True)])
+            if len(found) == 3:  # neither the first batch nor the last one
+                found[1] = value
+            return found
+
+    checked, error, cosine = aotinductor._compared(small, cast(Any, Broken()), 20, 80000)
+    assert [len(lengths) for lengths in checked].index(3) not in (0, len(checked) - 1)
+    for precision in ("fp32", "bf16"):  # by error, by cosine
+        report = dataclasses.replace(
+            package, metadata=package.metadata | {"precision": precision}, max_error=error, min_cosine=cosine
+        )
+        assert report.within_bounds is False
+
+
+def test_products_of_float32_are_switched_by_one_thread_at_a_time(package) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with aotinductor._float32_products():
+            inside.set()
+            leave.wait(60)
+
+    graph = AotGraph(package.path)
+    holder = threading.Thread(target=hold)
+    caller = threading.Thread(target=lambda: graph(batch_of([400])))
+    matmul.fp32_precision = "tf32"
+    try:
+        holder.start()
+        assert inside.wait(60) and matmul.fp32_precision == "ieee"
+        caller.start()
+        caller.join(0.5)  # without the turn it ends long before
+        waits = caller.is_alive()
+        leave.set()
+        holder.join()
+        caller.join()
+        assert waits and matmul.fp32_precision == "tf32"
+    finally:
+        leave.set()
+        matmul.fp32_precision = before
 
 
 class _StandIn(_Gpu):
@@ -140,6 +192,15 @@ def test_says_what_it_is(small, package) -> None:
         ({"AOTI_MACHINE": "s390x"}, "compiled for s390x"),
         ({"torch_version": "99.1.0"}, "torch 99.1.0, this is the older"),
         ({"spkfast_version": None}, "no 'spkfast_version'"),
+        ({"max_batch": "many"}, "damaged: invalid literal for int"),
+        ({"max_batch": "0"}, "damaged: it takes 1 to 0 rows of 400 to 80000"),
+        ({"max_batch": 20}, "damaged: its metadata are no texts"),
+        ({"frontend": "{"}, "damaged: Expecting"),
+        ({"frontend": "[]"}, "damaged: the fields of a front-end must be a mapping"),
+        ({"frontend": '{"n_mels": "x"}'}, "damaged: "),
+        ({"layout": "flat"}, "damaged: unknown layout 'flat'"),
+        ({"torch_version": "new"}, "damaged: invalid literal for int"),
+        ({"AOTI_DEVICE_KEY": "toaster"}, "compiled for 'toaster', not for cpu or cuda"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -193,6 +254,8 @@ def test_refuses_arguments(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"device": "meta"}, "cpu or cuda"),
         ({"max_batch": 0}, "max_batch"),
         ({"max_seconds": 0.02}, "max_seconds"),
+        ({"max_seconds": float("nan")}, "max_seconds must be at least that of a frame, and finite, got nan"),
+        ({"max_seconds": float("inf")}, "max_seconds"),
     ):
         with pytest.raises(InputError, match=message):
             to_aotinductor(encoder, path, **options)
@@ -220,6 +283,7 @@ def test_every_form(encoders, tmp_path: Path, dialect: str, layout: Any, inputs:
     assert report.within_bounds, (report.max_error, report.checked)
     assert report.inputs[0] == {"waveform": "waveform", "features": "feats"}[inputs]
     assert report.inputs[1:] == (("lengths",) if layout == "padded" else ())
+    assert AotGraph(report.path).max_samples == (320000 if inputs == "waveform" else None)
 
 
 @pytest.mark.full

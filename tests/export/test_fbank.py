@@ -44,7 +44,8 @@ FORMS = ("conv", "matmul")
 # What TensorRT reads without a plugin and onnxruntime runs on every device, as of ONNX opset 20.
 OPERATORS = {
     "Abs", "Add", "And", "Cast", "Clip", "Concat", "Conv", "Div", "Equal", "Expand", "Gather", "GatherElements",
-    "Greater", "Less", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Pad", "Range", "ReduceMax", "ReduceMean",
+    "Greater", "Less", "LessOrEqual",
+    "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Pad", "Range", "ReduceMax", "ReduceMean",
     "ReduceSum", "Reshape", "Shape", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 

@@ -98,6 +98,9 @@ def test_files_that_cannot_be_used_are_told(mini, folder, tmp_path):
         ("spec_hash", "0", "damaged: spec_hash is 0"),
         ("frontend", "{", "damaged: front-end"),
         ("frontend", None, "does not tell its front-end; name it"),
+        ("threshold", "{", "damaged metadata"),
+        ("threshold", "[1]", "damaged metadata"),
+        ("embedding_dim", "many", "damaged metadata"),
     ):
         other = changed(folder / "feats.onnx", tmp_path / "other.onnx", **{key: value})
         assert part in message(other)
@@ -115,6 +118,25 @@ def test_a_foreign_file_of_features_needs_a_front_end(mini, folder, tmp_path):
     waveforms = [voice(seed, length) for seed, length in enumerate(LENGTHS)]
     assert relative_errors(encoder.embed_batch(waveforms), mini.embed_batch(waveforms)).max() < 1e-5
     assert encoder.fingerprint and encoder.fingerprint != mini.fingerprint
+
+
+def test_limits_of_a_graph_are_kept(mini, folder, tmp_path):
+    encoder = SpeakerEncoder.load(folder / "padded.onnx")
+    sizes = []
+    inner = encoder.model.graph
+
+    def call(inputs):
+        sizes.append(tuple(inputs["waveform"].shape))
+        return inner(inputs)
+
+    encoder.model.max_batch, encoder.model.max_samples = 2, 16000
+    encoder.model._call = lambda values: call(dict(zip(inner.inputs, values, strict=True)))
+    waveforms = [voice(seed, 8000 + seed) for seed in range(5)]
+    have = encoder.embed_batch(waveforms)
+    assert relative_errors(have, mini.embed_batch(waveforms)).max() < 1e-5
+    assert sizes == [(2, 8001), (2, 8003), (1, 8004)]
+    with pytest.raises(InputError, match=r"audio 1: has 1\.500 s, the exported graph takes 1\.000 s at most"):
+        encoder.embed_batch([waveforms[0], voice(0, 24000)])
 
 
 def test_every_suffix_has_a_runner():

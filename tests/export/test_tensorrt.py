@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -60,8 +61,10 @@ class StandIn(Gpu):
     def capture(self, launch: Any) -> Any:
         self.captures += 1
         self.trt.capturing = True
-        launch()
-        self.trt.capturing = False
+        try:
+            launch()
+        finally:
+            self.trt.capturing = False
         return type("Graph", (), {"replay": staticmethod(self.trt.launches[-1])})
 
     def finish(self) -> None:
@@ -120,7 +123,7 @@ def test_build_writes_an_engine_with_its_facts(trt: Double, model: Path) -> None
     assert facts["machine"].tensorrt == trt.__version__ and facts["engine_sha256"] == report.facts["engine_sha256"]
     assert report.engine_bytes == model.with_suffix(".plan").stat().st_size
     # The last one is ragged.
-    assert [len(parity.lengths) for parity in report.parity] == [1, 1, 1, 2, 2, 4, 4]
+    assert [len(parity.lengths) for parity in report.parity] == [1, 1, 1, 2, 2, 6, 4, 4]
     assert all(parity.relative_error == 0 and parity.cosine > 0.999999 for parity in report.parity)
 
 
@@ -128,6 +131,8 @@ def test_tf32_of_features_stays_on(trt: Double, tmp_path: Path) -> None:
     features = tensorrt_graphs.write(tmp_path / "model.onnx", "features", lengths=False)
     report = build(features, tf32=True, hardware_compatibility="ampere_plus")
     assert trt.config.flags == {trt.BuilderFlag.TF32} and report.facts["tf32"]
+    graph = TensorRTGraph(report.engine_path)
+    assert not graph.exact and graph.max_samples is None
     assert trt.config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
@@ -174,6 +179,78 @@ def test_a_failed_build_keeps_the_engine_before_it(trt: Double, model: Path) -> 
     assert {path: path.read_bytes() for path in model.parent.iterdir()} == before
     report = build(model, validate=False)
     assert report.parity == ()
+
+
+@pytest.mark.parametrize("place", ["folder", "folder_of_facts", "parent", "timing_cache"])
+def test_places_are_checked_before_the_build(trt: Double, model: Path, place: str) -> None:
+    target, cache = model.with_suffix(".plan"), model.parent / "cache"
+    complaint = f"engine_path: a file is expected, {target}.* is a folder"
+    if place == "folder":
+        target.mkdir()
+    elif place == "folder_of_facts":
+        sidecar_path(target).mkdir()
+    elif place == "parent":
+        target = model.parent / "missing" / "model.plan"
+        complaint = f"engine_path: a file in an existing folder is expected, got {target}"
+    else:
+        cache.touch()
+        complaint = "timing_cache: a folder is expected, .*cache is a file"
+    before = sorted(model.parent.iterdir())
+    with pytest.raises(InputError, match=complaint):
+        build_tensorrt(model, target, profiles=PROFILES, timing_cache=cache)
+    assert trt.calls == [] and sorted(model.parent.iterdir()) == before
+
+
+def test_a_folder_that_takes_no_files_is_told_before_the_build(
+    trt: Double, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touch(self: Path) -> None:
+        raise PermissionError(13, "not allowed")
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(InputError, match=r"engine_path: .*model.plan cannot be written \(not allowed\): choose"):
+        build(model)
+    assert trt.calls == [] and list(model.parent.iterdir()) == [model]
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("name", ["model.plan", "model.plan.json", "timing"])
+def test_what_cannot_be_moved_leaves_all_as_it_was(
+    trt: Double, model: Path, monkeypatch: pytest.MonkeyPatch, name: str, again: bool
+) -> None:
+    cache = model.parent / "cache"
+    if again:
+        build(model, timing_cache=cache, validate=False)
+    files = [model, model.with_suffix(".plan"), sidecar_path(model.with_suffix(".plan"))]
+    before = {file: file.read_bytes() for file in files if file.exists()}
+    replace, seen = os.replace, []
+
+    def moved(source: Path, place: Path) -> None:
+        seen.append(source.name)
+        if place.name.endswith(name):
+            raise PermissionError(13, "not allowed")
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", moved)
+    with pytest.raises(InputError, match=r"cannot be written \(not allowed\): choose"):
+        build(model, timing_cache=cache, validate=False, optimization_level=4)
+    assert all(f".{os.getpid()}.partial" in source for source in seen)
+    assert {file: file.read_bytes() for file in model.parent.iterdir() if file.is_file()} == before
+    assert not list(cache.glob("*.partial"))
+
+
+def test_corners_are_compared_unpadded(trt: Double, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buckets, choose = set(), tensorrt_graph.choose_bucket
+
+    def chosen(*args: Any) -> Any:
+        buckets.add(choose(*args))
+        return choose(*args)
+
+    monkeypatch.setattr(tensorrt_graph, "choose_bucket", chosen)
+    build(model)
+    assert {bucket[1:] for bucket in buckets if bucket} == {
+        (1, 400), (1, 3200), (1, 8000), (2, 400), (2, 8000), (6, 400), (4, 3200)
+    }  # fmt: skip
 
 
 def test_graphs_are_compared_too(trt: Double, model: Path) -> None:
@@ -274,7 +351,8 @@ def captures(graph: TensorRTGraph) -> int:
 
 
 def test_runner_says_what_it_is(graph: TensorRTGraph) -> None:
-    assert graph.inputs == ("waveform", "lengths") and graph.max_batch == 6
+    assert graph.inputs == ("waveform", "lengths") and (graph.max_batch, graph.max_samples) == (6, 8000)
+    assert graph.exact
     assert graph.metadata["spec_hash"] == tensorrt_graphs.SPEC.hash and graph.device.type == "cpu"
 
 
@@ -368,6 +446,28 @@ def test_a_failed_run_is_not_captured(trt: Double, graph: TensorRTGraph) -> None
         graph(batch(500))
     trt.fail = set()
     assert error(graph(batch(500)), batch(500)) < ROUNDING and captures(graph) == 0
+
+
+def test_what_cannot_be_captured_runs_directly(
+    trt: Double, graph: TensorRTGraph, caplog: pytest.LogCaptureFixture
+) -> None:
+    trt.fail = {"capture"}
+    with caplog.at_level(logging.WARNING, "spkfast.tensorrt"):
+        for seed in range(4):
+            inputs = batch(500, seed=seed)
+            assert error(graph(inputs), inputs) < ROUNDING
+    told = [record.message for record in caplog.records if "has no CUDA graph" in record.message]
+    assert captures(graph) == 1 and len(told) == 1 and "1 x 1600" in told[0] and "[capture] went wrong" in told[0]
+    trt.fail = set()
+    graph(batch(500))
+    assert captures(graph) == 1  # remembered
+    for _ in range(2):
+        graph(batch(3000))
+    assert captures(graph) == 2  # other sizes have theirs
+    graph.clear()
+    for _ in range(2):
+        graph(batch(500))
+    assert captures(graph) == 3
 
 
 def test_threads_take_turns(graph: TensorRTGraph) -> None:

@@ -284,6 +284,7 @@ class SpeakerEncoder:
             InputError: As :meth:`load_audio`; or if there is no utterance, ``max_seconds`` is shorter than a frame, or
                 the network has no layer with an inference form.
         """
+        self._refuse_graph()
         most = int(max_seconds * self.frontend.sample_rate)
         if most < self.frontend.frame_length:
             raise InputError(f"max_seconds must be at least that of a frame, got {max_seconds}")
@@ -303,6 +304,7 @@ class SpeakerEncoder:
         import yaml
         from safetensors.torch import save_file
 
+        self._refuse_graph()
         if not (hasattr(self.model, "name") and hasattr(self.model, "config")):
             raise InputError("only networks of spkfast.models can be saved: this one has no name and config")
         target = Path(path)
@@ -343,6 +345,10 @@ class SpeakerEncoder:
                 old.rename(target)
             for folder in (fresh, old):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _refuse_graph(self) -> None:
+        if hasattr(self.model, "takes_waveforms"):
+            raise InputError("this is an exported graph; load the model that it was made of")
 
     def __repr__(self) -> str:
         name = getattr(self.model, "name", type(self.model).__name__)

@@ -138,7 +138,9 @@ class OnnxGraph:
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own classes have no common one
-            raise InputError(f"{path}: onnxruntime cannot load it: {' '.join(str(error).split())}") from error
+            hint = "; on a CPU it has no operators of bfloat16" if "NOT_IMPLEMENTED" in str(error) else ""
+            raise InputError(f"{path}: onnxruntime cannot load it{hint}: {' '.join(str(error).split())}") from error
+        self._path = path
         self.metadata: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.inputs = tuple(node.name for node in self._session.get_inputs())
         self.device = torch.device("cpu")  # of what it takes and gives; it copies by itself
@@ -148,7 +150,7 @@ class OnnxGraph:
         try:
             found = self._session.run(None, {name: value.numpy() for name, value in inputs.items()})
         except Exception as error:  # onnxruntime's own classes have no common one
-            raise InputError(f"onnxruntime: {' '.join(str(error).split())}") from error
+            raise InputError(f"{self._path}: onnxruntime: {' '.join(str(error).split())}") from error
         return torch.from_numpy(found[0])
 
 

@@ -77,9 +77,13 @@ def test_audio_is_checked_as_ever(folder):
         encoder.embed(np.full(16000, np.nan, np.float32))
     with pytest.raises(InputError, match="the graph takes at least 400 samples, got 10"):
         encoder.model(torch.zeros(1, 10))
-    for nothing in (encoder.save, encoder.calibrate):
-        with pytest.raises(InputError):
-            nothing([voice(0, 16000)] if nothing == encoder.calibrate else folder / "saved")
+    for nothing in (lambda: encoder.save(folder / "saved"), lambda: encoder.calibrate([voice(0, 16000)])):
+        with pytest.raises(InputError, match="this is an exported graph; load the model that it was made of"):
+            nothing()
+    with pytest.raises(InputError, match="has no weights to export: it is an exported graph itself"):
+        to_onnx(encoder, folder / "again.onnx")
+    with pytest.raises(InputError, match="encoder must be a SpeakerEncoder, as its load\\(\\) gives it, got a str"):
+        to_onnx("ecapa-mini", folder / "again.onnx")
 
 
 def test_files_that_cannot_be_used_are_told(mini, folder, tmp_path):

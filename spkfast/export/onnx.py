@@ -252,7 +252,7 @@ def _peaks(
 
     names = [name.removesuffix(".weight") for name in ranges]
     handles = [graph.get_submodule(name).register_forward_hook(watcher(f"{name}.weight")) for name in names]
-    with torch.inference_mode(), plain_operators():
+    with torch.inference_mode():
         for waveform in audio:
             features, _ = encoder._features([waveform], "auto")
             graph.network(features.float().cpu())

@@ -141,7 +141,7 @@ def to_onnx(
     check_name("target", target, list(TARGETS))
     if not isinstance(encoder, SpeakerEncoder):
         raise InputError(f"encoder must be a SpeakerEncoder, as its load() gives it, got a {type(encoder).__name__}")
-    if next(encoder.model.parameters(), None) is None:
+    if hasattr(encoder.model, "takes_waveforms"):
         raise InputError("the encoder has no weights to export: it is an exported graph itself")
     layout = layout or ("padded" if inputs == "waveform" else "equal")
     check_name("layout", layout, list(LAYOUTS))

@@ -38,7 +38,8 @@ def test_latency_of_a_waveform_on_a_cpu() -> None:
     torch._dynamo.reset()
     (name,) = bench_latency_gpu.PARTS
     result = bench_latency_gpu.measure(name, "cpu")
-    assert not result["absent"] and all(row["counts"] for row in result["contenders"].values())
+    # A network of few channels with random weights, whose rounding bfloat16 does not average out as a full one's.
+    assert not result["absent"] and all(row["cosine"] > 0.99 for row in result["contenders"].values())
     assert [figure["name"] for figure in result["figures"]] == list(FIGURES[name])
     json.dumps(result)
 

@@ -263,10 +263,12 @@ def test_refuses_arguments(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         to_aotinductor(encoder, tmp_path / "model.onnx")
     with pytest.raises(InputError, match="is a folder, or in none"):
         to_aotinductor(encoder, tmp_path / "none" / "model.pt2")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
-        with pytest.raises(InputError, match=r"C\+\+ compiler"):
-            to_aotinductor(encoder, path)
+    # Not by monkeypatch, whose undoing hides the setting for good.
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)}),
+        pytest.raises(InputError, match=r"C\+\+ compiler"),
+    ):
+        to_aotinductor(encoder, path)
     (tmp_path / "text.pt2").write_text("text")
     for file in ("text.pt2", "absent.pt2"):
         with pytest.raises(InputError, match=f"{file}: is no AOTInductor package"):

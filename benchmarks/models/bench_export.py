@@ -39,7 +39,8 @@ from spkfast.data.audio import read_audio
 from spkfast.data.lists import read_train_list
 from spkfast.data.synthetic import make_corpus
 from spkfast.export.fbank import FbankGraph
-from spkfast.export.onnx import BOUNDS, to_onnx
+from spkfast.export.onnx import to_onnx
+from spkfast.export.parity import BOUNDS
 
 _THREADS, _CALIBRATION, _CALIBRATION_SECONDS = 1, 64, 3
 _RUNTIMES = ("onnxruntime", "openvino")

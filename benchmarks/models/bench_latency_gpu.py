@@ -48,13 +48,13 @@ def measure(name: str, device_name: str, repeats: int = 20) -> dict[str, Any]:
     """Checks and times the ways, for the record; on a CPU at a tiny size."""
     checkout.map_kernels()
     from spkfast import SpeakerEncoder, functional, models
-    from spkfast.export.onnx import _voice
+    from spkfast.export.parity import voice
 
     device = torch.device(device_name)
     channels, samples = (PARTS[name], 32000) if device.type == "cuda" else (16, 4000)
     repeats = repeats if device.type == "cuda" else 1
     # Eight, since one utterance has no statistics that weights could be fitted to.
-    waveforms = torch.stack([torch.from_numpy(_voice(k, samples, 16000)) for k in range(8)])
+    waveforms = torch.stack([torch.from_numpy(voice(k, samples, 16000)) for k in range(8)])
     spec = SpeakerEncoder(models.create("ecapa_tdnn", channels=16), "wespeaker").frontend
     weights = ecapa.random_weights(channels, functional.log_mel_fbank(waveforms, spec=spec)[0])
     waveform = waveforms[:1]

@@ -361,9 +361,9 @@ class _Parity:
     @property
     def met(self) -> bool | None:
         """Whether the bound is met; None where nothing was compared."""
-        if self.value is None:
-            return None
-        return self.value <= self.bound if self.name == "max_error" else self.value >= self.bound
+        from spkfast.export.parity import within_bounds
+
+        return within_bounds(self.precision, self.max_error, self.min_cosine)
 
     @property
     def promise(self) -> str:
@@ -397,7 +397,7 @@ class _Parity:
 
 
 def _parity(precision: str, max_error: float | None, min_cosine: float | None) -> _Parity:
-    from spkfast.export.onnx import BOUNDS
+    from spkfast.export.parity import BOUNDS
 
     return _Parity(precision, max_error, min_cosine, *BOUNDS[precision])
 

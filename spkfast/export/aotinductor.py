@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import math
@@ -25,11 +24,11 @@ from torch.fx.experimental import _config as fx_config
 
 from spkfast.errors import InputError, check_name
 from spkfast.export.graph import INPUTS, EmbeddingGraph, Inputs, plain_operators
-from spkfast.export.onnx import BOUNDS, _metadata, _voice
+from spkfast.export.onnx import _metadata
+from spkfast.export.parity import exact_encoder, voice, within_bounds
 from spkfast.frontends import FrontendSpec
 from spkfast.inference import SpeakerEncoder
 from spkfast.nn.cuda_graphs import _Gpu
-from spkfast.nn.inference import InferenceLayer
 from spkfast.reference import Precision
 
 Layout = Literal["padded", "equal"]
@@ -69,11 +68,7 @@ class AotReport:
     @property
     def within_bounds(self) -> bool | None:
         """Whether the error is as small as the precision promises (``BOUNDS``); None where it is not known."""
-        name, bound = BOUNDS[self.metadata["precision"]]
-        value = getattr(self, name)
-        if value is None:
-            return None
-        return bool(value <= bound if name == "max_error" else value >= bound)
+        return within_bounds(self.metadata["precision"], self.max_error, self.min_cosine)
 
 
 def to_aotinductor(
@@ -432,11 +427,7 @@ def _compared(
     encoder: SpeakerEncoder, graph: AotGraph, rows: int, most: int
 ) -> tuple[tuple[tuple[int, ...], ...], float, float]:
     """Batches that were run, largest relative error and smallest cosine of an embedding; NaN where there is one."""
-    network = copy.deepcopy(encoder.model).cpu().float()
-    for module in network.modules():
-        if isinstance(module, InferenceLayer):
-            module.precision = "fp32"
-    exact = SpeakerEncoder(network, encoder.frontend, device="cpu")
+    exact = exact_encoder(encoder)
     spec = encoder.frontend
     waveforms = graph.inputs[0] == "waveform"
     least = int(graph.metadata["min_size"]) if waveforms else spec.frame_length
@@ -449,7 +440,7 @@ def _compared(
         lengths = [max(least, min(length, longest)) for length in lengths[:rows]]
         if "lengths" not in graph.inputs:
             lengths = [min(lengths)] * len(lengths)
-        voices: list[np.ndarray] = [_voice(k, length, spec.sample_rate) for k, length in enumerate(lengths)]
+        voices: list[np.ndarray] = [voice(k, length, spec.sample_rate) for k, length in enumerate(lengths)]
         with torch.inference_mode():
             want = exact._forward(voices, "auto").double()
             signal, counts = exact._padded(voices) if waveforms else exact._features(voices, "auto")

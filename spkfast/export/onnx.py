@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from spkfast.export.fbank import Form
 from spkfast.export.graph import EmbeddingGraph, Inputs, RaggedGraph, plain_operators
 from spkfast.export.onnx_checks import operators_of, sensitive_in_half, types_of, unsupported_by_tensorrt
 from spkfast.export.onnx_edit import TARGETS, Target, emulated, quantise, tidy
+from spkfast.export.parity import exact_encoder, voice, within_bounds
 from spkfast.frontends import FrontendSpec
 from spkfast.inference import SpeakerEncoder
-from spkfast.nn.inference import InferenceLayer, inference_layers, quantised_inputs, range_of
+from spkfast.nn.inference import inference_layers, quantised_inputs, range_of
 from spkfast.ops._packing import Range
 from spkfast.reference import Precision
 
@@ -37,13 +38,6 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 _OPSET, _OPSET_BF16, _NEWEST_OPSET = 18, 22, 25
 # Of an utterance, as SpeakerEncoder.calibrate takes it.
 _CALIBRATION_SECONDS = 10.0
-# Largest relative error of an embedding, and smallest cosine to what PyTorch gives at float32.
-BOUNDS: dict[str, tuple[str, float]] = {
-    "fp32": ("max_error", 1e-4),
-    "fp16": ("min_cosine", 0.9995),
-    "bf16": ("min_cosine", 0.9995),
-    "int8": ("min_cosine", 0.995),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +73,8 @@ class OnnxReport:
 
     @property
     def within_bounds(self) -> bool | None:
-        """Whether the error is as small as the precision promises (:data:`BOUNDS`); None where it is not known."""
-        name, bound = BOUNDS[self.metadata["precision"]]
-        value = getattr(self, name)
-        if value is None:
-            return None
-        return bool(value <= bound if name == "max_error" else value >= bound)
+        """Whether the error is as small as the precision promises; None where it is not known."""
+        return within_bounds(self.metadata["precision"], self.max_error, self.min_cosine)
 
 
 def to_onnx(
@@ -189,7 +179,7 @@ def to_onnx(
     if validate and importlib.util.find_spec("onnxruntime") is not None:
         rate = encoder.frontend.sample_rate
         # Synthetic ones always: what was calibrated on silence does well on silence.
-        voices = [*audio[:2], *(_voice(k, 3 * rate, rate) for k in range(2 if audio else 4))]
+        voices = [*audio[:2], *(voice(k, 3 * rate, rate) for k in range(2 if audio else 4))]
         checked, worst, cosine = _compared(encoder, inputs, layout, model, voices)
     return OnnxReport(
         path=file,
@@ -390,11 +380,7 @@ def _compared(
     encoder: SpeakerEncoder, inputs: Inputs, layout: Layout, model: Any, voices: list[np.ndarray]
 ) -> tuple[tuple[tuple[int, ...], ...], float, float]:
     """Batches that were run, largest relative error and smallest cosine of an embedding; NaN counts as the worst."""
-    network = copy.deepcopy(encoder.model).cpu().float()
-    for module in network.modules():
-        if isinstance(module, InferenceLayer):
-            module.precision = "fp32"
-    exact = SpeakerEncoder(network, encoder.frontend, device="cpu")
+    exact = exact_encoder(encoder)
     spec = encoder.frontend
     least, rate = max(spec.frame_length, spec.frame_shift), spec.sample_rate
     sizes = [[least + 2 * spec.frame_shift + 1], [len(voices[0])], [len(v) for v in voices], [rate, rate // 2 + 7]]
@@ -402,7 +388,7 @@ def _compared(
     runtime = session(emulated(model) if half else model, exact=half)
     found, wanted, checked = [], [], []
     for lengths in sizes:
-        rows = [voice[:size] for voice, size in zip(voices, lengths, strict=False)]
+        rows = [samples[:size] for samples, size in zip(voices, lengths, strict=False)]
         rows = [row[: min(map(len, rows))] for row in rows] if layout == "equal" else rows
         counts = torch.tensor([len(row) for row in rows])
         signal = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
@@ -421,16 +407,6 @@ def _compared(
 def model_precision(model: Any) -> str:
     """The precision that a graph of :func:`to_onnx` names."""
     return next((prop.value for prop in model.metadata_props if prop.key == "precision"), "fp32")
-
-
-def _voice(seed: int, samples: int, rate: int) -> np.ndarray:
-    """Harmonics of a gliding pitch under a slow envelope with some noise, float32 (S,), within [-1, 1]."""
-    rng = np.random.default_rng(seed)
-    t = np.arange(samples) / rate
-    f0 = rng.uniform(90, 220)
-    phase = 2 * np.pi * (f0 * t + 15 * np.sin(2 * np.pi * 0.7 * t))
-    voiced = sum(np.sin(k * phase + k * k) / k for k in range(1, 20)) * (1 + np.sin(2 * np.pi * 3 * t))
-    return cast(np.ndarray, (0.1 * voiced + 0.01 * rng.standard_normal(samples)).clip(-1, 1).astype(np.float32))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 
 from spkfast import SpeakerEncoder
 from spkfast.export import to_onnx
-from spkfast.export.onnx import BOUNDS
+from spkfast.export.parity import BOUNDS
 from tests.conftest import require
 from tests.export.conftest import voice
 

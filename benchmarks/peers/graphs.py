@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from spkfast.export.onnx import quiet
 
 INPUT, OUTPUT = "features", "embedding"
 
@@ -21,7 +19,7 @@ _PERCENTILE = 99.995
 
 def export(net: nn.Module, features: Tensor, path: Path) -> None:
     """Writes the graph of ``net`` for features of this very shape, which leaves a runtime the most freedom."""
-    with _silence():
+    with quiet():
         torch.onnx.export(
             net.eval(), (features,), str(path), dynamo=True, external_data=False, input_names=[INPUT],
             output_names=[OUTPUT], verbose=False,
@@ -50,7 +48,7 @@ def quantise(path: Path, calibration: Tensor, out: Path) -> None:
             return None if batch is None else {INPUT: batch.numpy()}
 
     prepared = out.with_suffix(".prepared.onnx")
-    with _silence():
+    with quiet():
         quant_pre_process(str(path), str(prepared))
         quantization.quantize_static(
             str(prepared),
@@ -65,16 +63,3 @@ def quantise(path: Path, calibration: Tensor, out: Path) -> None:
             calibrate_method=quantization.CalibrationMethod.Percentile,
             extra_options={"WeightSymmetric": True, "CalibPercentile": _PERCENTILE},
         )
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Without the progress and advice that exporter and quantiser print."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -24,7 +24,7 @@ from torch.fx.experimental import _config as fx_config
 
 from spkfast.errors import InputError, check_name
 from spkfast.export.graph import INPUTS, EmbeddingGraph, Inputs, plain_operators
-from spkfast.export.onnx import _metadata
+from spkfast.export.onnx import metadata_of
 from spkfast.export.parity import exact_encoder, voice, within_bounds
 from spkfast.frontends import FrontendSpec
 from spkfast.inference import SpeakerEncoder
@@ -134,7 +134,7 @@ def to_aotinductor(
     most = samples // (spec.frame_shift if graph.frontend is None else 1)
     if most < graph.min_size:
         raise InputError(f"max_seconds must be at least that of a frame, and finite, got {max_seconds!r}")
-    metadata = _metadata(encoder, graph, precision, layout, "", "unknown") | {
+    metadata = metadata_of(encoder, graph, precision, layout, "", "unknown") | {
         "min_size": str(graph.min_size),
         "max_size": str(most),
         "max_batch": str(max_batch),

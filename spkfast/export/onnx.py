@@ -159,7 +159,7 @@ def to_onnx(
     if precision == "int8":
         peaks = _peaks(encoder, graph, ranges, audio) if audio and target == "cpu" else {}
         quantise(model, ranges, peaks, target)
-    metadata = _metadata(encoder, graph, precision, layout, target, language)
+    metadata = metadata_of(encoder, graph, precision, layout, target, language)
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
     types = types_of(model)
@@ -270,7 +270,7 @@ def _exported(graph: EmbeddingGraph, spec: FrontendSpec, layout: Layout, opset: 
         example, names, axes = (torch.randn(shape), rows), [signal, "lengths"], [{0: batch, 1: free}, {0: batch}]
         if layout == "equal":
             example, names, axes = example[:1], names[:1], axes[:1]
-    with plain_operators(), _silence():
+    with plain_operators(), quiet():
         program = torch.onnx.export(
             graph,
             example,
@@ -290,9 +290,10 @@ def _exported(graph: EmbeddingGraph, spec: FrontendSpec, layout: Layout, opset: 
     return model
 
 
-def _metadata(
+def metadata_of(
     encoder: SpeakerEncoder, graph: EmbeddingGraph, precision: str, layout: str, target: str, language: str
 ) -> dict[str, str]:
+    """What an exported file says of itself, sherpa-onnx's keys too where it can run it."""
     from spkfast import __version__
 
     spec = encoder.frontend
@@ -410,8 +411,8 @@ def model_precision(model: Any) -> str:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Without the progress and advice that the exporter prints."""
+def quiet() -> Iterator[None]:
+    """Without the progress and advice that exporters and quantisers print."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

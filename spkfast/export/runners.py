@@ -115,8 +115,12 @@ class OnnxGraph:
         device: ``cpu``, or ``cuda``, which needs the package onnxruntime-gpu; None takes the CPU.
         threads: Of one operator on the CPU; None takes as many as torch does.
 
+    Attributes:
+        max_batch: 1 where the file takes one utterance at a time, else None.
+
     Raises:
-        InputError: If onnxruntime is missing or does not read the file, or has no such device.
+        InputError: If onnxruntime is missing or does not read the file, or has no such device, or the file takes
+            utterances of one length, or batches of one size that is not 1.
     """
 
     def __init__(
@@ -144,6 +148,12 @@ class OnnxGraph:
         self.metadata: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.inputs = tuple(node.name for node in self._session.get_inputs())
         self.device = torch.device("cpu")  # of what it takes and gives; it copies by itself
+        rows, size = (*self._session.get_inputs()[0].shape, None, None)[:2]  # numbers where they are fixed
+        if isinstance(size, int):
+            raise InputError(f"{path}: takes utterances of one length only, {size}; export it with that axis free")
+        if isinstance(rows, int) and rows != 1:
+            raise InputError(f"{path}: takes batches of {rows} only; export it with that axis free")
+        self.max_batch: int | None = rows if isinstance(rows, int) else None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first output, of inputs by name."""

@@ -124,6 +124,24 @@ def test_a_foreign_file_of_features_needs_a_front_end(mini, folder, tmp_path):
     assert encoder.fingerprint and encoder.fingerprint != mini.fingerprint
 
 
+def test_a_foreign_file_of_fixed_sizes(mini, folder, tmp_path):
+    def fixed(axis, size):
+        model = onnx.load(folder / "feats.onnx")
+        for value in model.graph.input:
+            if axis < len(value.type.tensor_type.shape.dim):
+                value.type.tensor_type.shape.dim[axis].dim_value = size
+        onnx.save(model, tmp_path / "fixed.onnx")
+        return tmp_path / "fixed.onnx"
+
+    encoder = SpeakerEncoder.load(fixed(0, 1))
+    waveforms = [voice(seed, length) for seed, length in enumerate(LENGTHS)]
+    assert relative_errors(encoder.embed_batch(waveforms), mini.embed_batch(waveforms)).max() < 1e-5
+    with pytest.raises(InputError, match=r"fixed\.onnx: takes batches of 4 only; export it with that axis free"):
+        SpeakerEncoder.load(fixed(0, 4))
+    with pytest.raises(InputError, match=r"fixed\.onnx: takes utterances of one length only, 200; export"):
+        SpeakerEncoder.load(fixed(1, 200))
+
+
 def test_limits_of_a_graph_are_kept(mini, folder, tmp_path):
     encoder = SpeakerEncoder.load(folder / "padded.onnx")
     sizes = []

@@ -104,17 +104,7 @@ sanitize: build  ## random cases under AddressSanitizer: OPS="..." CASES=100000 
 demo: build  ## train, embed, evaluate, report; DATA=FOLDER for speech of your own
 	$(BIN)/spkfast demo $(if $(DATA),--data "$(DATA)") --out demo
 
-# Peers that nothing but benchmarks has a use for, in an environment that sees the package's and not the reverse.
-PEERS := openvino
-$(VENV)-bench/.peers: $(BUILT) constraints.txt
-	@$(BIN)/python -m venv $(VENV)-bench
-	@# addsitedir, since the package is itself installed by a path entry, which those of a mere path are not read for.
-	@site() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; } && \
-	  echo "import site; site.addsitedir('$$(site $(VENV))')" > "$$(site $(VENV)-bench)/spkfast-environment.pth"
-	@$(VENV)-bench/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PEERS)
-	@touch $@
-
-bench: $(VENV)-bench/.peers  ## every benchmark beside its peers: ARGS="ops --quick", ARGS="all --list"
+bench: build  ## every benchmark beside its peers: ARGS="ops --quick", ARGS="all --list"
 	$(BIN)/spkfast bench $(ARGS)
 
 # Runs where only the system's Python with torch, triton, pytest, numpy and a CUDA compiler exist, without the network.

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     root = _checkout()
     # Not from within the checkout, since --out is relative to where the user stands; -P, since there may be benchmarks.
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen([_python(root), "-P", "-m", "benchmarks", *argv], env=os.environ | {"PYTHONPATH": path})
+    process = subprocess.Popen([sys.executable, "-P", "-m", "benchmarks", *argv], env=os.environ | {"PYTHONPATH": path})
     try:
         status = process.wait()
     except BaseException:
@@ -66,9 +66,3 @@ def _checkout() -> Path:
             "get the source, run 'make setup' in it, and there '.venv/bin/spkfast bench'"
         )
     return root
-
-
-def _python(root: Path) -> str:
-    """The interpreter whose environment has the peers, where ``make bench`` has made one."""
-    with_peers = root / ".venv-bench"
-    return str(with_peers / "bin" / "python") if (with_peers / ".peers").is_file() else sys.executable

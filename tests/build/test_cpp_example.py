@@ -34,10 +34,9 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def openvino() -> Path | None:
-    """The CMake folder of the wheel, in this environment or in that of the benchmarks."""
+    """The CMake folder of the wheel."""
     spec = importlib.util.find_spec("openvino")
-    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
-    folders += ROOT.glob(".venv-bench/lib/python*/site-packages/openvino")
+    folders = (Path(folder) for folder in (spec and spec.submodule_search_locations) or ())
     return next((folder / "cmake" for folder in folders if (folder / "cmake/OpenVINOConfig.cmake").is_file()), None)
 
 

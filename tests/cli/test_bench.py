@@ -37,15 +37,6 @@ def test_arguments_and_status_are_passed_on(checkout, capfd, tmp_path, monkeypat
     assert capfd.readouterr().out == f"{arguments} {root / 'elsewhere'}\n"
 
 
-def test_interpreter_with_the_peers_is_taken_when_it_is_whole(tmp_path):
-    assert bench._python(tmp_path) == sys.executable
-    (tmp_path / ".venv-bench" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv-bench" / "bin" / "python").touch()
-    assert bench._python(tmp_path) == sys.executable
-    (tmp_path / ".venv-bench" / ".peers").touch()
-    assert bench._python(tmp_path) == str(tmp_path / ".venv-bench" / "bin" / "python")
-
-
 def test_end_by_a_signal_is_a_status_of_shells(checkout):
     checkout("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert bench.main([]) == 128 + signal.SIGKILL

@@ -327,7 +327,10 @@ register_optimizer_step_post_hook(_count_fused_step)
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode of a module; afterwards each part has its own again. What is in it already keeps its packing."""
-    trained = [part for part in module.modules() if part.training]
+    parts: list[nn.Module] = [module]
+    for part in parts:  # modules() takes three times as long, which a second of audio feels
+        parts += filter(None, part._modules.values())
+    trained = [part for part in parts if part.training]
     if trained:
         module.eval()
     try:

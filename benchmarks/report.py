@@ -196,10 +196,10 @@ def _precisions(record: dict[str, Any]) -> str:
     model = record["model"]
     heading, ways = _WAYS[record["benchmark"]]
     lines = [
-        f"## {heading}",
+        f"## {heading}, `{model['name']}`",
         "",
         f"{_machine(record)}, {record['date']}. The model `{model['name']}`, ECAPA-TDNN of "
-        f"{model['config']['channels']} channels; {ways}. "
+        f"{model['config']['channels']} channels{_trained(record.get('training'))}; {ways}. "
         "Changes are against the network's modules in float32, in place of its kernels, with 95 % intervals of a "
         "bootstrap over speakers that pairs both.",
         "",
@@ -217,6 +217,13 @@ def _precisions(record: dict[str, Any]) -> str:
                 cells[7] = "yes" if row["within_bounds"] else "no"
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def _trained(training: dict[str, Any] | None) -> str:
+    if training is None:
+        return ""
+    changed = "; ".join(f"{name}: {json.dumps(value)}" for name, value in training["differences"].items())
+    return f", trained by `configs/{training['recipe']}`" + (f" with `{changed}`" if changed else "")
 
 
 def _interval(row: dict[str, Any], key: str, form: str) -> str:

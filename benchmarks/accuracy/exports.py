@@ -2,7 +2,8 @@
 
     python -m benchmarks.accuracy.exports --data FOLDER --out RESULT.json [--model MODEL] [--precisions NAME ...]
 
-The folder holds ``train_list.txt`` and ``trials*.txt``. Each graph takes waveforms, padded in batches, and runs in
+MODEL is a bundled one, or a training run of mini.yaml, of which the record tells how it differs from that recipe. The
+folder holds ``train_list.txt`` and ``trials*.txt``. Each graph takes waveforms, padded in batches, and runs in
 onnxruntime; of half precision every tensor is rounded as if it were kept in it, as a CPU has no products of it. int8 is
 calibrated on utterances of the training list. Differences are against PyTorch's modules in float32, and paired over
 speakers.
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import precisions
+from benchmarks.accuracy import bundle, precisions
 from benchmarks.machine import describe_machine
 from spkfast import SpeakerEncoder
 from spkfast.data.lists import read_trials, trial_paths
@@ -43,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default=precisions.MODEL, help="folder, or a bundled model's name")
+    parser.add_argument("--model", default=precisions.MODEL, help="folder of a training run, or a bundled model's name")
     parser.add_argument("--precisions", nargs="+", choices=list(_BOUNDS), default=list(_BOUNDS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -64,6 +65,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(),
         "model": {"name": Path(args.model).name, "fingerprint": encoder.fingerprint, "config": encoder.model.config},
+        "training": training(Path(args.model)),
         "lists": {name: precisions.compare(trials, paths, found, bounds) for name, trials in lists.items()},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +73,15 @@ def main() -> None:
     for name, rows in record["lists"].items():
         for way, row in rows.items():
             print(name, way, json.dumps(row))
+
+
+def training(run: Path) -> dict[str, Any] | None:
+    """Recipe of a training run, what it sets otherwise, and the steps taken; None where this is none."""
+    if not (run / "config.json").is_file():
+        return None
+    settings = bundle.read_settings(run)
+    changed = bundle.differences(settings, bundle.ROOT / bundle.TEACHER_RECIPE)
+    return {"recipe": Path(bundle.TEACHER_RECIPE).name, "differences": changed, "steps": settings["run"]["steps"]}
 
 
 def ways(chosen: list[Any]) -> Iterator[tuple[str, Any, Any]]:

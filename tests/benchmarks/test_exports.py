@@ -230,12 +230,16 @@ def test_exports_have_a_section_of_their_own(tmp_path):
         "date": "2026-01-01",
         "machine": {"cpu": "some CPU", "cores": 2, "torch": "2.11.0"},
         "model": {"name": "some_model", "config": {"channels": 128}},
+        "training": {"recipe": "mini.yaml", "differences": {"steps": 7, "frontend.preset": "espnet"}, "steps": 7},
         "lists": {"a.txt": {"torch": rate, "int8, tensorrt": way}},
     }
     folder = tmp_path / "some-machine"
     folder.mkdir()
     (folder / "exports.json").write_text(json.dumps(record))
     lines = report.page(tmp_path).splitlines()
-    assert "## The same weights through exported graphs: EER and scores" in lines
+    assert "## The same weights through exported graphs: EER and scores, `some_model`" in lines
+    assert 'of 128 channels, trained by `configs/mini.yaml` with `steps: 7; frontend.preset: "espnet"`; ' in "".join(
+        lines
+    )
     changed = "-0.25 (-0.50 to +0.12) | 1.0e-02 | 1.000000 | yes |"
     assert f"| a.txt | int8, tensorrt | 5.00 (1.00 to 9.00) | 0.5000 | {changed}" in lines

@@ -38,8 +38,8 @@ _TRANSFORMED = dict.fromkeys(
 _PACKAGE = Path(__file__).parent
 _REBUILD = 'build it with: pip install --no-build-isolation -e "."'
 
-# How many ask for it: a plain global, which torch.compile can follow. What other threads compute meanwhile is slower.
-_only_reference = 0
+# Threads that ask for it, each as often as it does: a plain global, which torch.compile can follow.
+_only_reference: tuple[int, ...] = ()
 _ONLY_REFERENCE_LOCK = threading.Lock()
 
 # device type -> op -> backend -> reason why it is missing, empty where it exists; filled once by load().
@@ -74,7 +74,7 @@ def resolve(device: torch.device, backend: str, op: str, limits: Mapping[str, st
     if is_transformed():
         missing |= _TRANSFORMED
     if backend == "auto":
-        if _only_reference:
+        if _only_reference and threading.get_ident() in _only_reference:
             return "reference"
         for name in _OWN_ORDER.get((op, device.type), _ORDER.get(device.type, ())):
             if not missing.get(name):
@@ -89,15 +89,17 @@ def resolve(device: torch.device, backend: str, op: str, limits: Mapping[str, st
 
 @contextlib.contextmanager
 def only_reference() -> Iterator[None]:
-    """While it lasts ``auto`` takes the reference, as graphs for runtimes need it that know no ops of ours."""
+    """While it lasts ``auto`` takes the reference in this thread, as graphs for runtimes without our ops need it."""
     global _only_reference
     with _ONLY_REFERENCE_LOCK:
-        _only_reference += 1
+        _only_reference = (*_only_reference, threading.get_ident())
     try:
         yield
     finally:
         with _ONLY_REFERENCE_LOCK:
-            _only_reference -= 1
+            others = list(_only_reference)
+            others.remove(threading.get_ident())
+            _only_reference = tuple(others)
 
 
 def is_transformed() -> bool:

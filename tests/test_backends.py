@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ def test_auto_takes_the_first_that_can():
     assert backends.resolve(CPU, "auto", "log_mel_fbank", {"native": "of the FFT size"}) == "reference"
     assert backends.resolve(torch.device("meta"), "auto", "log_mel_fbank") == "reference"
     assert backends.resolve(CPU, "reference", "log_mel_fbank") == "reference"
+
+
+def test_only_the_thread_that_asks_gets_the_reference():
+    def chosen() -> str:
+        return backends.resolve(CPU, "auto", "tdnn_layer")
+
+    with ThreadPoolExecutor(1) as other:
+        with backends.only_reference():
+            with backends.only_reference():
+                assert (chosen(), other.submit(chosen).result()) == ("reference", "native")
+            assert chosen() == "reference"
+        assert chosen() == "native"
 
 
 def test_missing_backends_say_why():

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """A file, list, option or array that cannot be used; the message names it and says what to do."""
 
 
+class BatchSizeError(InputError):
+    """A batch of more rows, or longer ones, than an exported graph was made for."""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, known, n=1)

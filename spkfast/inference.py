@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from spkfast import backends, functional, models
 from spkfast.backends import Backend
 from spkfast.data.audio import read_audio, resample
-from spkfast.errors import InputError, check_name, nearest
+from spkfast.errors import BatchSizeError, InputError, check_name, nearest
 from spkfast.frontends import FrontendSpec, require_spec
 from spkfast.frontends import frontend as preset
 from spkfast.models.checkpoint_files import fitting_preset, import_checkpoint
@@ -144,11 +144,11 @@ class SpeakerEncoder:
         if frontend is not None and not isinstance(frontend, str):
             require_spec(frontend)
         check_name("precision", precision, list(PRECISIONS))
-        if device == "auto" and _ONLY_ON.get(precision) == "cpu":
-            device = "cpu"
         path = find_model(source)
         if path.suffix in GRAPHS and path.is_file():
             return cls._load_graph(path, frontend, family, device, precision)
+        if device == "auto" and _ONLY_ON.get(precision) == "cpu":
+            device = "cpu"
         if not is_own(path):
             found = import_checkpoint(source, family=family, frontend=frontend)
             if found.network.assumed:
@@ -518,8 +518,16 @@ class SpeakerEncoder:
                 rate = self.frontend.sample_rate
                 rows[i] = f"has {len(waveform) / rate:.3f} s, the exported graph takes {longest / rate:.3f} s at most"
         fitting = [i for i in range(len(waveforms)) if i not in rows]
-        for batch in _batches({i: len(waveforms[i]) for i in fitting}, most, getattr(self.model, "max_batch", None)):
-            embeddings = self._forward([waveforms[i] for i in batch], backend)
+        batches = [*_batches({i: len(waveforms[i]) for i in fitting}, most, getattr(self.model, "max_batch", None))]
+        for batch in batches:
+            try:
+                embeddings = self._forward([waveforms[i] for i in batch], backend)
+            except BatchSizeError as error:
+                if len(batch) > 1:
+                    batches += [[i] for i in batch]
+                else:
+                    rows[batch[0]] = str(error)
+                continue
             for i, embedding, good in zip(batch, embeddings, embeddings.isfinite().all(dim=1).tolist(), strict=True):
                 seconds = len(waveforms[i]) / self.frontend.sample_rate
                 rows[i] = embedding if good else f"the model gives no finite embedding for its {seconds:.3f} s"

@@ -82,6 +82,10 @@ class FbankGraph(nn.Module):
         """
         return max(1, self._s.first_frame)
 
+    def num_frames(self, samples: int) -> int:
+        """Frames of S samples, without those that ``pad_frames_to`` adds."""
+        return (samples - self._s.first_frame) // self._s.frame_shift + 1
+
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features and frame counts as the op gives them.
 
@@ -109,7 +113,7 @@ class FbankGraph(nn.Module):
                 f"lengths must be int64 of shape (B,), got {lengths.dtype} of shape {tuple(lengths.shape)}"
             )
         samples = waveforms.shape[1]
-        num_frames = (samples - s.first_frame) // s.frame_shift + 1
+        num_frames = self.num_frames(samples)
         inside = frames_inside = None
         if lengths is None:
             frame_lengths = torch.full_like(waveforms[:, 0], num_frames, dtype=torch.int64)

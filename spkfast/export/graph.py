@@ -75,7 +75,10 @@ class EmbeddingGraph(nn.Module):
         """
         if self.frontend is not None:
             features, frames = self.frontend(signal, lengths)
-            lengths = None if lengths is None else frames
+            if lengths is not None:
+                lengths = frames
+            elif self.frontend.spec.pad_frames_to > 1:
+                features = features[:, : self.frontend.num_frames(signal.shape[1])]
         else:
             features = signal
             if lengths is not None:

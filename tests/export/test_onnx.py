@@ -83,6 +83,20 @@ def test_equals_pytorch_at_any_batch_and_length(encoders, written, dialect, chan
     assert report.within_bounds and report.max_error < 1e-4 and report.min_cosine > 1 - 1e-6
 
 
+@pytest.mark.parametrize("options", [{"layout": "equal"}, {"inputs": "features", "layout": "equal"}, {}])
+def test_frames_that_fill_up_a_multiple_do_not_count(tmp_path, options):
+    spec = spkfast.frontend("titanet")
+    assert spec.pad_frames_to == 16
+    torch.manual_seed(0)
+    network = spkfast.models.create("ecapa_tdnn", channels=16, feature_dim=spec.output_size)
+    encoder = SpeakerEncoder(network, spec, device="cpu")
+    path = tmp_path / "model.onnx"
+    assert to_onnx(encoder, path, **options).max_error < 1e-5
+    waveforms = [voice(0, 16000), voice(1, 7001)]
+    have, want = SpeakerEncoder.load(path).embed_batch(waveforms), encoder.embed_batch(waveforms)
+    assert relative_errors(have, want).max() < 1e-5
+
+
 @pytest.mark.parametrize(("dialect", "channels", "precision"), HALF)
 def test_half_precision_equals_pytorch(encoders, written, dialect, channels, precision):
     report, model = written(dialect, channels, precision=precision)

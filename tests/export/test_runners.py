@@ -10,6 +10,7 @@ import torch
 
 import spkfast
 from spkfast import InputError, SpeakerEncoder
+from spkfast.errors import BatchSizeError
 from spkfast.export import runners, to_onnx
 from tests.export.conftest import relative_errors, voice
 
@@ -159,6 +160,41 @@ def test_limits_of_a_graph_are_kept(mini, folder, tmp_path):
     assert sizes == [(2, 8001), (2, 8003), (1, 8004)]
     with pytest.raises(InputError, match=r"audio 1: has 1\.500 s, the exported graph takes 1\.000 s at most"):
         encoder.embed_batch([waveforms[0], voice(0, 24000)])
+
+
+def test_a_batch_beyond_the_limits_goes_row_by_row(mini, folder):
+    encoder = SpeakerEncoder.load(folder / "padded.onnx")
+    forward, sizes = encoder.model.forward, []
+
+    def narrow(signal, lengths):  # as an engine whose largest batch and longest row lie in different profiles
+        sizes.append(tuple(signal.shape))
+        if len(signal) * signal.shape[1] > 16000:
+            raise BatchSizeError(f"{len(signal)} x {signal.shape[1]} lies in no profile")
+        return forward(signal, lengths)
+
+    encoder.model.forward = narrow
+    waveforms = [voice(seed, length) for seed, length in enumerate((8000, 12000, 12000, 7000))]
+    assert relative_errors(encoder.embed_batch(waveforms), mini.embed_batch(waveforms)).max() < 1e-5
+    assert sizes == [(4, 12000), (1, 7000), (1, 8000), (1, 12000), (1, 12000)]
+    with pytest.raises(InputError, match=r"audio 1: 1 x 20000 lies in no profile"):
+        encoder.embed_batch([waveforms[0], voice(0, 20000)])
+
+
+def test_an_export_at_another_precision_is_of_the_same_model(mini, tmp_path):
+    encoder = SpeakerEncoder.load("ecapa-mini", device="cpu", precision="bf16")
+    assert encoder.fingerprint != mini.fingerprint
+    report = to_onnx(encoder, tmp_path / "model.onnx", inputs="features", validate=False)
+    assert report.metadata["model_hash"] == mini.fingerprint and encoder.precision == "bf16"
+
+
+def test_a_device_is_chosen_by_the_file_and_not_by_the_precision(monkeypatch, tmp_path):
+    def refuse(path, device):
+        raise InputError(f"asked for {device}")
+
+    monkeypatch.setitem(runners.RUNNERS, ".engine", refuse)
+    (tmp_path / "model.engine").touch()
+    with pytest.raises(InputError, match="asked for None"):
+        SpeakerEncoder.load(tmp_path / "model.engine", precision="int8")
 
 
 def test_every_suffix_has_a_runner():

@@ -427,19 +427,6 @@ def test_calibration_on_what_is_no_speech_is_seen(mini, tmp_path):
     assert report.within_bounds is False and report.min_cosine < 0.9
 
 
-def test_threads_that_export_at_once_leave_the_kernels_on():
-    from spkfast import backends
-    from spkfast.export.graph import plain_operators
-
-    first, second = plain_operators(), plain_operators()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert backends.resolve(torch.device("cpu"), "auto", "log_mel_fbank") == "reference"
-    second.__exit__(None, None, None)
-    assert backends.resolve(torch.device("cpu"), "auto", "log_mel_fbank") == "native"
-
-
 def test_wrong_arguments_are_told(encoders, tmp_path):
     encoder, path = encoders("wespeaker"), tmp_path / "model.onnx"
     for options, message in (

@@ -295,12 +295,13 @@ def _reference(info: OnnxInfo, other: str | os.PathLike[str] | None) -> Any:
     path = info.path
     if other is not None:
         path = Path(other)
-        metadata = read_onnx(path)[0].metadata
-        for key in ("model_hash", "inputs"):
-            if metadata[key] != info.metadata[key]:
-                raise InputError(
-                    f"reference {path}: {key} {metadata[key]!r}, that of {info.path} is {info.metadata[key]!r}"
-                )
+        given, wanted = (
+            {"model_hash": facts.metadata["model_hash"], "inputs": ", ".join(tensor.name for tensor in facts.inputs)}
+            for facts in (read_onnx(path)[0], info)
+        )
+        for key, value in given.items():
+            if value != wanted[key]:
+                raise InputError(f"reference {path}: {key} {value!r}, that of {info.path} is {wanted[key]!r}")
     try:
         return onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no common type

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spkfast.errors import InputError
+from spkfast.errors import BatchSizeError, InputError
 from spkfast.export.tensorrt_plan import (
     LENGTHS,
     OLDEST_TENSORRT,
@@ -64,7 +64,7 @@ class TensorRTGraph:
         inputs: Names of the inputs.
         max_batch: Most rows, over all profiles.
         max_samples: Samples of the longest row, over all profiles; None where the graph takes features.
-        exact: Whether float32 products have all their digits, False where the engine was built with ``tf32``.
+        full_float32: Whether float32 products have all their digits, False where the engine was built with ``tf32``.
         device: The GPU.
 
     Raises:
@@ -112,7 +112,7 @@ class TensorRTGraph:
         self.max_batch = max(shapes[self._signal][2][0] for shapes in self._profiles)
         longest = max(shapes[self._signal][2][1] for shapes in self._profiles)
         self.max_samples = longest if self._signal == "waveform" else None
-        self.exact = not facts["tf32"]
+        self.full_float32 = not facts["tf32"]
         self._slots: dict[Bucket, _Slot] = {}
         self._direct: set[Bucket] = set()  # those of which a capture failed
         self._memories: dict[int, Tensor] = {}
@@ -132,7 +132,7 @@ class TensorRTGraph:
         bucket = choose_bucket(self._profiles, batch, length, self._step)
         if bucket is None:
             ranges = [(shapes[self._signal][0][:2], shapes[self._signal][2][:2]) for shapes in self._profiles]
-            raise InputError(
+            raise BatchSizeError(
                 f"{self._signal} of {batch} x {length} lies in no profile of {self._path}, which hold "
                 f"{', '.join(f'{a} x {b} to {c} x {d}' for (a, b), (c, d) in ranges)}: split the batch, or build with "
                 "other profiles"
@@ -161,10 +161,10 @@ class TensorRTGraph:
         return len(self._slots)
 
     def clear(self) -> None:
-        """Drops all sizes and their graphs."""
+        """Drops all sizes with their graphs and memory."""
         with self._lock:
             self._gpu.finish()
-            self._slots = {}
+            self._slots, self._memories = {}, {}
             self._direct = set()
 
     def _check(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:

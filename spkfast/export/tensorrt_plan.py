@@ -176,12 +176,12 @@ def _check_graph(info: OnnxInfo) -> None:
 
 def shortest(metadata: Mapping[str, str]) -> int:
     """Samples or frames of the shortest input of a graph."""
-    return _units(metadata, int(metadata["min_samples"]))
+    return units(metadata, int(metadata["min_samples"]))
 
 
 def in_units(metadata: Mapping[str, str], seconds: float) -> int:
     """Samples or frames, whichever a graph takes, of so much audio; at least those of the shortest input."""
-    return _units(metadata, max(round(seconds * int(metadata["sample_rate"])), int(metadata["min_samples"])))
+    return units(metadata, max(round(seconds * int(metadata["sample_rate"])), int(metadata["min_samples"])))
 
 
 def step_in_units(metadata: Mapping[str, str], seconds: float) -> int:
@@ -190,7 +190,8 @@ def step_in_units(metadata: Mapping[str, str], seconds: float) -> int:
     return max(1, samples if metadata["inputs"] == "waveform" else samples // _spec(metadata).frame_shift)
 
 
-def _units(metadata: Mapping[str, str], samples: int) -> int:
+def units(metadata: Mapping[str, str], samples: int) -> int:
+    """Samples or frames, whichever a graph takes, of so many samples; at least one."""
     if metadata["inputs"] == "waveform":
         return samples
     from spkfast import frontend_tables

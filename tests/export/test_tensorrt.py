@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from spkfast.errors import InputError
 from spkfast.export import tensorrt_graph
+from spkfast.export.runners import GraphNetwork
 from spkfast.export.tensorrt import Profile, TensorRTGraph, build_tensorrt, trtexec_command
 from spkfast.export.tensorrt_graph import Gpu
 from spkfast.export.tensorrt_plan import read_sidecar, sidecar_path
@@ -132,7 +134,8 @@ def test_tf32_of_features_stays_on(trt: Double, tmp_path: Path) -> None:
     report = build(features, tf32=True, hardware_compatibility="ampere_plus")
     assert trt.config.flags == {trt.BuilderFlag.TF32} and report.facts["tf32"]
     graph = TensorRTGraph(report.engine_path)
-    assert not graph.exact and graph.max_samples is None
+    assert not graph.full_float32 and graph.max_samples is None
+    assert GraphNetwork(graph, "0" * 64).fingerprint == "0" * 16
     assert trt.config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
@@ -285,6 +288,11 @@ def test_the_reference_must_be_of_the_same_model(trt: Double, model: Path) -> No
     other = tensorrt_graphs.write(model.with_name("other.onnx"), model_hash="def")
     with pytest.raises(InputError, match=r"model_hash 'def', that of .* is 'abc'"):
         build(model, reference=other)
+    for inputs, lengths, names in (("waveform", False, "waveform"), ("features", True, "feats, lengths")):
+        tensorrt_graphs.write(other, inputs, lengths=lengths)
+        with pytest.raises(InputError, match=f"inputs '{names}', that of .* is 'waveform, lengths'"):
+            build(model, reference=other)
+    assert trt.calls == []
     same = tensorrt_graphs.write(model.with_name("same.onnx"), precision="fp32")
     assert build(model, reference=same).parity
 
@@ -352,8 +360,19 @@ def captures(graph: TensorRTGraph) -> int:
 
 def test_runner_says_what_it_is(graph: TensorRTGraph) -> None:
     assert graph.inputs == ("waveform", "lengths") and (graph.max_batch, graph.max_samples) == (6, 8000)
-    assert graph.exact
+    assert graph.full_float32 and GraphNetwork(graph, "0" * 64).fingerprint == "abc"
     assert graph.metadata["spec_hash"] == tensorrt_graphs.SPEC.hash and graph.device.type == "cpu"
+
+
+def test_dropped_sizes_leave_no_memory(graph: TensorRTGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph(batch(500))
+    graph(batch(500, 600))
+    memories = [weakref.ref(memory) for memory in graph._memories.values()]
+    busy: list[bool] = []
+    monkeypatch.setattr(graph._gpu, "finish", lambda: busy.extend(ref() is not None for ref in memories))
+    graph.clear()
+    assert busy == [True, True] and all(ref() is None for ref in memories)
+    assert error(graph(batch(500)), batch(500)) < ROUNDING
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 
-from spkfast.errors import InputError, check_name
+from spkfast.errors import BatchSizeError, InputError, check_name
 from spkfast.export.graph import INPUTS, EmbeddingGraph, Inputs, plain_operators
 from spkfast.export.onnx import metadata_of
 from spkfast.export.parity import exact_encoder, voice, within_bounds
+from spkfast.export.tensorrt_plan import units
 from spkfast.frontends import FrontendSpec
-from spkfast.inference import SpeakerEncoder
+from spkfast.inference import SpeakerEncoder, _device
 from spkfast.nn.cuda_graphs import _Gpu
 from spkfast.reference import Precision
 
@@ -113,14 +114,14 @@ def to_aotinductor(
     from torch._inductor.exc import InvalidCxxCompiler
 
     check_name("layout", layout, list(LAYOUTS))
-    file, place = Path(path), torch.device(encoder.device if device is None else device)
+    file = Path(path)
     if file.suffix != ".pt2":
         raise InputError(f"{file}: a package is named .pt2, got {file.suffix or 'no suffix'!r}")
     if file.is_dir() or not file.parent.is_dir():
         raise InputError(f"{file}: is a folder, or in none that is there; name a file")
     if type(max_batch) is not int or max_batch < 1:
         raise InputError(f"max_batch must be a positive integer, got {max_batch!r}")
-    _check_machine(place)
+    place = _place(encoder.device if device is None else device)
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
@@ -131,20 +132,21 @@ def to_aotinductor(
     spec = encoder.frontend
     step = 1 if graph.frontend is None else spec.frame_shift
     samples = int(max_seconds * spec.sample_rate) if math.isfinite(max_seconds) else 0
-    most = samples // (spec.frame_shift if graph.frontend is None else 1)
-    if most < graph.min_size:
+    if samples < max(spec.frame_length, graph.min_size):
         raise InputError(f"max_seconds must be at least that of a frame, and finite, got {max_seconds!r}")
-    metadata = metadata_of(encoder, graph, precision, layout, "", "unknown") | {
+    facts = metadata_of(encoder, graph, precision, layout, "", "unknown")
+    most = units(facts, samples)
+    metadata = facts | {
         "min_size": str(graph.min_size),
         "max_size": str(most),
         "max_batch": str(max_batch),
         "torch_version": torch.__version__,
     }
-    started = time.monotonic()
-    program = _exported(graph, place, layout, (max_batch, most), step, spec.output_size)
     fresh = file.with_name(f".{file.name}.new-{os.getpid()}")
     try:
         fresh.mkdir()
+        started = time.monotonic()
+        program = _exported(graph, place, layout, (max_batch, most), step, spec.output_size)
         with _float32_products():
             torch._inductor.aoti_compile_and_package(
                 program,
@@ -153,13 +155,15 @@ def to_aotinductor(
             )
         seconds = time.monotonic() - started
         os.replace(fresh / file.name, file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     checked: tuple[tuple[int, ...], ...] = ()
     largest = cosine = None
     runner = AotGraph(file, device=place)
     if validate:
-        checked, largest, cosine = _compared(encoder, runner, max_batch, most)
+        checked, largest, cosine = _compared(encoder, runner, max_batch, samples)
     return AotReport(file, runner.device, runner.inputs, runner.metadata, seconds, checked, largest, cosine)
 
 
@@ -210,10 +214,9 @@ class AotGraph:
         kind = facts["AOTI_DEVICE_KEY"]
         if kind not in ("cpu", "cuda"):
             raise InputError(f"{path}: was compiled for {kind!r}, not for cpu or cuda: export it again")
-        place = torch.device(kind if device is None else device)
+        place = _place(kind if device is None else device)
         if place.type != kind:
             raise InputError(f"{path}: was compiled for {kind}, not {place.type}: export it for that device")
-        _check_machine(place)
         if kind == "cuda":
             place = torch.device(kind, torch.cuda.current_device() if place.index is None else place.index)
         try:
@@ -237,9 +240,14 @@ class AotGraph:
         self._limits = rows, least, most
         self._max_graphs, self._cuda_graphs = max_graphs, cuda_graphs
         # Without the events by which it keeps threads apart, which no capture allows.
-        self._model = torch._inductor.aoti_load_package(
-            str(self._path), run_single_threaded=True, device_index=-1 if place.index is None else place.index
-        )
+        try:
+            self._model = torch._inductor.aoti_load_package(
+                str(self._path), run_single_threaded=True, device_index=-1 if place.index is None else place.index
+            )
+        except RuntimeError as error:
+            raise InputError(
+                f"{path}: torch cannot load it: {' '.join(str(error).split())}: export it again"
+            ) from error
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._gpu = _Gpu()
 
@@ -280,7 +288,7 @@ class AotGraph:
             raise InputError(f"{name} must be float32 ({shape}), got {signal.dtype} {tuple(signal.shape)}")
         rows, least, most = self._limits
         if not (1 <= signal.shape[0] <= rows and least <= signal.shape[1] <= most):
-            raise InputError(
+            raise BatchSizeError(
                 f"{name} must have 1 to {rows} rows of {least} to {most}, got {tuple(signal.shape[:2])}: split the "
                 "batch, or export with other limits"
             )
@@ -341,14 +349,17 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """What a package says of itself, read without running anything of it.
 
     Raises:
-        InputError: If the file is no package of :func:`to_aotinductor`.
+        InputError: If the file is no package of :func:`to_aotinductor`, or damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("_metadata.json"))
             facts = json.loads(archive.read(name))
+            broken = archive.testzip()  # torch does not look at checksums
     except (OSError, zipfile.BadZipFile, StopIteration, ValueError) as error:
         raise InputError(f"{path}: is no AOTInductor package: {error or 'it has no metadata'}") from error
+    if broken is not None:
+        raise InputError(f"{path}: damaged: {broken} has another checksum: export it again")
     if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
         raise InputError(f"{path}: damaged: its metadata are no texts by name: export it again")
     missing = [key for key in (*_OURS, "frontend", "AOTI_DEVICE_KEY") if key not in facts]
@@ -382,11 +393,11 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2])
 
 
-def _check_machine(place: torch.device) -> None:
+def _place(device: str | torch.device) -> torch.device:
+    place = _device(device, nn.Module())
     if place.type not in ("cpu", "cuda"):
         raise InputError(f"device must be cpu or cuda, got {place.type!r}")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device 'cuda': torch finds no CUDA device here")
+    return place
 
 
 @contextlib.contextmanager
@@ -424,14 +435,13 @@ def _exported(
 
 
 def _compared(
-    encoder: SpeakerEncoder, graph: AotGraph, rows: int, most: int
+    encoder: SpeakerEncoder, graph: AotGraph, rows: int, longest: int
 ) -> tuple[tuple[tuple[int, ...], ...], float, float]:
     """Batches that were run, largest relative error and smallest cosine of an embedding; NaN where there is one."""
     exact = exact_encoder(encoder)
     spec = encoder.frontend
     waveforms = graph.inputs[0] == "waveform"
     least = int(graph.metadata["min_size"]) if waveforms else spec.frame_length
-    longest = most if waveforms else (most - 1) * spec.frame_shift + 1
     # On both sides of what inductor asks of sizes: 16 rows, some thousand samples.
     sizes = [[least], [least + 2 * spec.frame_shift + 1, least], [5 * least, 3 * least, 7 * least]]
     sizes += [[min(longest, 2 * spec.sample_rate)], [3 * least + k for k in range(min(rows, 20))], [longest]]
@@ -444,6 +454,7 @@ def _compared(
         with torch.inference_mode():
             want = exact._forward(voices, "auto").double()
             signal, counts = exact._padded(voices) if waveforms else exact._features(voices, "auto")
+            signal = signal[:, : counts.max()]  # not the frames that fill up a multiple
         have = graph(dict(zip(graph.inputs, (signal, counts), strict=False))).double().cpu()
         errors.append((have - want).norm(dim=1) / want.norm(dim=1))
         cosines.append(torch.cosine_similarity(have, want, dim=1))

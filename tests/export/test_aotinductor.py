@@ -217,6 +217,66 @@ def test_refuses_packages_for_elsewhere(package, tmp_path: Path, change: dict[st
         AotGraph(path)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda library: b"text", "torch cannot load it: .*: export it again"),
+        (lambda library: None, "torch cannot load it: .*: export it again"),
+        ("", r"damaged: .*\.so has another checksum: export it again"),
+    ],
+    ids=["text", "missing", "flipped"],
+)
+def test_refuses_a_damaged_library(package, tmp_path: Path, damage: Any, message: str) -> None:
+    path = tmp_path / "damaged.pt2"
+    with zipfile.ZipFile(package.path) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name.endswith(".so"):
+                library = data
+                data = damage(data) if damage else data
+            if data is not None:
+                target.writestr(name, data)
+    if not damage:
+        path.write_bytes(path.read_bytes().replace(library, library[:-1] + bytes([library[-1] ^ 1])))
+    with pytest.raises(InputError, match=message) as caught:
+        AotGraph(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("step", ["mkdir", "replace"])
+def test_a_file_that_cannot_be_written(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def fail(*_: Any) -> None:
+        raise PermissionError(13, "not allowed")
+
+    exported: list[Any] = []
+    monkeypatch.setattr(aotinductor, "_exported", lambda *given: exported.append(given))
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: None)
+    monkeypatch.setattr({"mkdir": Path, "replace": os}[step], step, fail)
+    with pytest.raises(InputError, match=r"model\.pt2: cannot be written: .*not allowed"):
+        to_aotinductor(small, tmp_path / "model.pt2")
+    assert len(exported) == (step == "replace")  # told before the export, where it can be
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_features_of_the_longest_utterance_fit(
+    encoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dialect: str
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def stop(graph: Any, place: Any, layout: str, most: tuple[int, int], *_: Any) -> None:
+        raise Seen(*most)
+
+    monkeypatch.setattr(aotinductor, "_exported", stop)
+    encoder = encoders(dialect)
+    for seconds in (1.0, 2.345):
+        with pytest.raises(Seen) as seen:
+            to_aotinductor(encoder, tmp_path / "model.pt2", inputs="features", max_batch=7, max_seconds=seconds)
+        features, _ = encoder._features([voice(0, int(seconds * 16000))], "auto")
+        assert seen.value.args == (7, features.shape[1])
+
+
 def test_refuses_instructions_that_the_cpu_lacks(package, monkeypatch: pytest.MonkeyPatch) -> None:
     if not package.metadata["AOTI_CPU_ISA"].startswith("AVX"):
         pytest.skip("the package has no instructions of AVX")
@@ -248,11 +308,15 @@ def test_refuses_inputs(package, change: dict[str, Any], message: str) -> None:
 
 def test_refuses_arguments(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, path = small, tmp_path / "model.pt2"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for options, message in (
         ({"layout": "ragged"}, "unknown layout"),
         ({"inputs": "audio"}, "unknown inputs"),
         ({"precision": "int8"}, "unknown precision"),
         ({"device": "meta"}, "cpu or cuda"),
+        ({"device": "cuda:7"}, "device 'cuda:7': torch finds 1 CUDA devices here"),
+        ({"device": "toaster"}, "device must be auto, cpu, cuda or cuda:N, got 'toaster'"),
         ({"max_batch": 0}, "max_batch"),
         ({"max_seconds": 0.02}, "max_seconds"),
         ({"max_seconds": float("nan")}, "max_seconds must be at least that of a frame, and finite, got nan"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from spkfast.errors import InputError, check_name
 from spkfast.export.onnx import LAYOUTS, PRECISIONS, Layout, to_onnx
+from spkfast.export.parity import exact_encoder
 from spkfast.export.tensorrt_plan import Shapes, read_sidecar, sidecar_path
 from spkfast.inference import SpeakerEncoder
 from spkfast.reference import Precision
@@ -342,7 +344,9 @@ def _of_engines(
     """Configuration of TensorRT engines, and their files by their names in the repository."""
     if not paths:
         raise InputError("engine must be a file or some, got none")
-    hashes = {"model_hash": encoder.fingerprint, "spec_hash": encoder.frontend.hash}
+    # An exported graph has no weights at another precision, and knows whose it is.
+    exact = encoder if hasattr(encoder.model, "takes_waveforms") else exact_encoder(encoder)
+    hashes = {"model_hash": exact.fingerprint, "spec_hash": encoder.frontend.hash}
     wanted: dict[str, Any] = hashes | ({} if precision is None else {"precision": precision})
     configs: list[TritonConfig] = []
     engines: dict[str, str] = {}
@@ -394,11 +398,10 @@ def _profiles(
 
 def _samples(encoder: SpeakerEncoder, seconds: float) -> int:
     spec = encoder.frontend
-    samples = round(seconds * spec.sample_rate)
+    samples = round(seconds * spec.sample_rate) if math.isfinite(seconds) else 0
     if samples < spec.frame_length:
-        raise InputError(
-            f"warmup_seconds must be at least {spec.frame_length / spec.sample_rate}, one frame, got {seconds}"
-        )
+        least = spec.frame_length / spec.sample_rate
+        raise InputError(f"warmup_seconds must be at least {least}, one frame, and finite, got {seconds}")
     return samples
 
 

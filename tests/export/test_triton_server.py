@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
 import shlex
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from spkfast import InputError
+from spkfast import InputError, SpeakerEncoder
 from spkfast.export import onnx as exporter
 from spkfast.export import triton_server
 from spkfast.export.tensorrt_plan import Machine, Profile, make_sidecar, plan_build, read_onnx, sidecar_path
 from spkfast.export.triton_server import TritonConfig, config_text, perf_analyzer_command, triton_repository
+from spkfast.nn import set_precision
 from tests.export.conftest import relative_errors, voice
 from tests.fixtures import tensorrt_graphs
 
@@ -330,6 +333,21 @@ def test_engines_that_do_not_fit_are_refused(encoders, tmp_path) -> None:
     refused(good, r"not the engine that good\.plan\.json describes")
 
 
+def test_an_engine_is_that_of_the_model_at_any_precision(encoders, tmp_path) -> None:
+    encoder = encoders("wespeaker")
+    plan = engine(encoder, tmp_path / "any.plan")
+    net = copy.deepcopy(encoder.model)
+    set_precision(net, "bf16")
+    half = SpeakerEncoder(net, encoder.frontend)
+    assert half.fingerprint != encoder.fingerprint
+    options = {"backend": "tensorrt", "engine": plan}
+    assert triton_repository(half, tmp_path / "repository", **options).version == 1
+    # An exported graph in place of the model.
+    exported = copy.copy(encoder)
+    exported.model = types.SimpleNamespace(takes_waveforms=True, fingerprint=encoder.fingerprint)
+    assert triton_repository(exported, tmp_path / "repository", **options).version == 2
+
+
 @pytest.fixture
 def write(encoders, tmp_path):
     """Writes the model again, without an export."""
@@ -417,7 +435,9 @@ def test_a_failure_leaves_all_as_it_was(write, tmp_path, monkeypatch, step, repl
         ({"backend": "tensorrt", "device": "cpu"}, "TensorRT has no instance on a CPU"),
         ({"backend": "tensorrt"}, "engine must be given for backend 'tensorrt'"),
         ({"engine": "model.plan"}, "engine must be given for backend 'tensorrt' and no other"),
-        ({"warmup_seconds": (0.01,)}, r"at least 0\.025, one frame, got 0\.01"),
+        ({"warmup_seconds": (0.01,)}, r"at least 0\.025, one frame, and finite, got 0\.01"),
+        ({"warmup_seconds": (float("nan"),)}, "and finite, got nan"),
+        ({"warmup_seconds": (3.0, float("inf"))}, "and finite, got inf"),
         ({"precision": "bf16", "device": "cpu"}, "no such convolutions on a CPU"),
         ({"precision": "fp16", "calibration": []}, "calibration is for precision 'int8'"),
         ({"backend": "tensorrt", "engine": []}, "engine must be a file or some"),

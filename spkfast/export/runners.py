@@ -23,6 +23,8 @@ from spkfast.models.checkpoint_files import fitting_preset
 class Graph(Protocol):
     """An exported graph that can be called; with limits it has ``max_batch`` and ``max_samples``, too.
 
+    Where its float32 products may have fewer digits, ``full_float32`` says whether they have all.
+
     Attributes:
         metadata: What the file says of itself.
         inputs: Names of its inputs.
@@ -64,8 +66,8 @@ class GraphNetwork(nn.Module):
         self.precision = facts.get("precision", "fp32")
         self.max_batch: int | None = getattr(graph, "max_batch", None)
         self.max_samples: int | None = getattr(graph, "max_samples", None)
-        model, exact = facts.get("model_hash", ""), self.precision == "fp32" and getattr(graph, "exact", True)
-        self.fingerprint = model if model and exact else digest[:16]
+        model, full = facts.get("model_hash", ""), self.precision == "fp32" and getattr(graph, "full_float32", True)
+        self.fingerprint = model if model and full else digest[:16]
         self._min_size = int(facts.get("min_samples", 1)) if self.takes_waveforms else 1
 
     def forward(self, signal: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -142,7 +144,8 @@ class OnnxGraph:
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own classes have no common one
-            hint = "; on a CPU it has no operators of bfloat16" if "NOT_IMPLEMENTED" in str(error) else ""
+            lacking = len(providers) == 1 and "NOT_IMPLEMENTED" in str(error) and _has_bfloat16(path)
+            hint = "; on a CPU it has no operators of bfloat16" if lacking else ""
             raise InputError(f"{path}: onnxruntime cannot load it{hint}: {' '.join(str(error).split())}") from error
         self._path = path
         self.metadata: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
@@ -162,6 +165,16 @@ class OnnxGraph:
         except Exception as error:  # onnxruntime's own classes have no common one
             raise InputError(f"{self._path}: onnxruntime: {' '.join(str(error).split())}") from error
         return torch.from_numpy(found[0])
+
+
+def _has_bfloat16(path: str | os.PathLike[str]) -> bool:
+    """Whether a file has weights of bfloat16; False where the package onnx is not there to tell."""
+    if importlib.util.find_spec("onnx") is None:
+        return False
+    import onnx
+
+    weights = onnx.load(path, load_external_data=False).graph.initializer
+    return any(weight.data_type == onnx.TensorProto.BFLOAT16 for weight in weights)
 
 
 def _tensorrt(path: Path, device: torch.device | None) -> Graph:

@@ -180,10 +180,7 @@ def row(folder: Path, encoder: SpeakerEncoder, waveform: Tensor, repeats: int) -
         absent: dict[str, str] = {}
         entries = dict(_entries())
         for contender, entry in entries.items():
-            builder = f"benchmarks.peers.exported:{entry.builder}"
-            worker = stack.enter_context(
-                Worker(builder, {"folder": folder, "threads": _THREADS, **entry.options}, threads=_THREADS)
-            )
+            worker = stack.enter_context(start(folder, entry))
             if worker.absent:
                 absent[contender] = worker.absent
             else:
@@ -208,6 +205,12 @@ def row(folder: Path, encoder: SpeakerEncoder, waveform: Tensor, repeats: int) -
         "absent": absent,
     }
     return comparison.finish(result, figures_of(timings, paired, rows, channels))
+
+
+def start(folder: Path, entry: _Entry) -> Worker:
+    """A contender in a process of its own."""
+    options = {"folder": folder, "threads": _THREADS, **entry.options}
+    return Worker(f"benchmarks.peers.exported:{entry.builder}", options, threads=_THREADS)
 
 
 def write_inputs(folder: Path, encoder: SpeakerEncoder, waveform: Tensor) -> dict[str, NDArray[np.float32]]:

@@ -96,6 +96,11 @@ def test_bounds_of_precisions_hold():
     rows["int8"]["within_bounds"] = False
     (line,) = gate.check({"m/precisions.json": record}, [])
     assert line.startswith("m/precisions.json: lists, trials.txt, int8 is not within its bounds")
+    known = [{"record": "m/precisions.json", "row": "lists, trials.txt, int8", "figure": gate.BOUNDS, "reason": "few"}]
+    assert gate.check({"m/precisions.json": record}, known) == []
+    rows["int8"]["within_bounds"] = True
+    (line,) = gate.check({"m/precisions.json": record}, known)
+    assert line.endswith("lists, trials.txt, int8, bounds is no longer missed, or not there: remove it")
 
 
 @pytest.mark.parametrize(

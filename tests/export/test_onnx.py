@@ -395,8 +395,8 @@ def test_strange_inputs_give_finite_embeddings(written, dialect):
 def test_ten_minutes(encoders, written):
     waveform = voice(0, 16000 * 600)
     have = run(exporter.session(written("wespeaker", 32)[1]), [waveform])
-    # Ten times as many frames as the longest utterance above round off more.
-    assert relative_errors(have, encoders("wespeaker").embed_batch([waveform])).max() < 1e-3
+    # Twice the bound of an export: onnxruntime sums the 60,000 frames of each bin plainly, for their mean.
+    assert relative_errors(have, encoders("wespeaker").embed_batch([waveform])).max() < 2e-4
 
 
 def test_report_counts_what_is_no_number(encoders, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from spkfast.export.fbank import Form
 from spkfast.export.graph import EmbeddingGraph, Inputs, RaggedGraph, plain_operators
 from spkfast.export.onnx_checks import operators_of, sensitive_in_half, types_of, unsupported_by_tensorrt
 from spkfast.export.onnx_edit import TARGETS, Target, emulated, quantise, tidy
-from spkfast.export.parity import exact_encoder, voice, within_bounds
+from spkfast.export.parity import exact_encoder, model_hash, voice, within_bounds
 from spkfast.frontends import FrontendSpec
 from spkfast.inference import SpeakerEncoder
 from spkfast.nn.inference import inference_layers, quantised_inputs, range_of
@@ -306,7 +306,7 @@ def metadata_of(
         "spec_hash": spec.hash,
         "sample_rate": str(spec.sample_rate),
         "min_samples": str(spec.frame_length),
-        "model_hash": exact_encoder(encoder).fingerprint if hasattr(encoder.model, "config") else "",
+        "model_hash": model_hash(encoder),
         "language": language,
     }
     size = getattr(encoder.model, "embedding_dim", None)

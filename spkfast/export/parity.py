@@ -37,6 +37,16 @@ def exact_encoder(encoder: SpeakerEncoder) -> SpeakerEncoder:
     return SpeakerEncoder(network, encoder.frontend, device="cpu")
 
 
+def model_hash(encoder: SpeakerEncoder) -> str:
+    """Fingerprint of the model at float32, whatever its precision; empty for a network that is not of spkfast.models.
+
+    An exported graph has no weights at another precision, and knows whose it is.
+    """
+    if hasattr(encoder.model, "takes_waveforms"):
+        return encoder.fingerprint
+    return exact_encoder(encoder).fingerprint if hasattr(encoder.model, "config") else ""
+
+
 def voice(seed: int, samples: int, rate: int) -> np.ndarray:
     """Harmonics of a gliding pitch under a slow envelope with some noise, float32 (S,), within [-1, 1]."""
     rng = np.random.default_rng(seed)

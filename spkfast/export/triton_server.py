@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from spkfast.errors import InputError, check_name
 from spkfast.export.onnx import LAYOUTS, PRECISIONS, Layout, to_onnx
-from spkfast.export.parity import exact_encoder
+from spkfast.export.parity import model_hash
 from spkfast.export.tensorrt_plan import Shapes, read_sidecar, sidecar_path
 from spkfast.inference import SpeakerEncoder
 from spkfast.reference import Precision
@@ -344,9 +344,7 @@ def _of_engines(
     """Configuration of TensorRT engines, and their files by their names in the repository."""
     if not paths:
         raise InputError("engine must be a file or some, got none")
-    # An exported graph has no weights at another precision, and knows whose it is.
-    exact = encoder if hasattr(encoder.model, "takes_waveforms") else exact_encoder(encoder)
-    hashes = {"model_hash": exact.fingerprint, "spec_hash": encoder.frontend.hash}
+    hashes = {"model_hash": model_hash(encoder), "spec_hash": encoder.frontend.hash}
     wanted: dict[str, Any] = hashes | ({} if precision is None else {"precision": precision})
     configs: list[TritonConfig] = []
     engines: dict[str, str] = {}

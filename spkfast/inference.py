@@ -665,6 +665,8 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     name = os.fspath(source)  # as it was given: with a separator, as in ./name, it is a path
     if name in names:
         return models.bundled.folder(name)
+    if path.suffix in GRAPHS:
+        raise InputError(f"{source}: no such model: there is no such file")
     raise InputError(
         f"{source}: no such model{nearest(name, names)}; name one that comes with the package ({', '.join(names)}), a "
         "folder written by 'spkfast train' or SpeakerEncoder.save, or another toolkit's checkpoint, that is there: "

@@ -21,9 +21,11 @@ std::vector<float> Embedding(const Network& network, const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   Check(file && !std::filesystem::is_directory(path), path + ": not a file that can be read");
   const std::string bytes(std::istreambuf_iterator<char>(file), {});
-  Check(bytes.compare(0, 4, "RIFF") != 0,
-        path + ": expected samples alone, got a WAV file; convert it: ffmpeg -i IN.wav -ac 1 -ar " +
-            network.metadata.at("sample_rate") + " -f s16le OUT.pcm");
+  for (const std::string mark : {"RIFF", "RF64", "FORM", "fLaC", "OggS", "ID3"})
+    Check(bytes.compare(0, mark.size(), mark) != 0,
+          path + ": expected samples alone, got a file that begins with " + mark +
+              "; convert it: ffmpeg -i IN -ac 1 -ar " + network.metadata.at("sample_rate") +
+              " -f s16le OUT.pcm");
   Check(bytes.size() % 2 == 0, path + ": expected 16-bit samples, got an odd number of bytes");
   std::vector<float> waveform(bytes.size() / 2);
   const std::string& least = network.metadata.at("min_samples");

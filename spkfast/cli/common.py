@@ -30,6 +30,8 @@ Item = TypeVar("Item")
 BACKENDS = ("auto", "reference", "native", "triton")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 MODEL_HELP = "folder of the model, checkpoint of another toolkit, or ecapa-mini, which comes with the package"
+# Of commands that need no weights.
+FILE_HELP = f"{MODEL_HELP}; or an exported file (.onnx, .engine, .plan, .pt2)"
 
 _SECONDS_BETWEEN_LINES = 30.0
 

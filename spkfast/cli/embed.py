@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spkfast.cli.common import (
-    MODEL_HELP,
+    FILE_HELP,
     BadFiles,
     Parser,
     add_backend,
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     """Runs ``spkfast embed``."""
     parser = Parser("embed", HELP)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUTS_HELP)
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--model", required=True, help=FILE_HELP)
     parser.add_argument(
         "--out",
         required=True,

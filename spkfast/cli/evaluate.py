@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spkfast.cli.common import (
-    MODEL_HELP,
+    FILE_HELP,
     Parser,
     add_backend,
     add_batch_seconds,
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         metavar="T",
         help="lists of lines 'label path path' or 'path path target|nontarget' [ROOT/trials.txt]",
     )
-    parser.add_argument("--model", help=MODEL_HELP)
+    parser.add_argument("--model", help=FILE_HELP)
     parser.add_argument("--data", metavar="ROOT", help="folder that the paths of the trials start from; with --model")
     parser.add_argument("--embeddings", metavar="X", help="embeddings from 'spkfast embed', instead of a model")
     parser.add_argument("--scored", nargs="+", metavar="FILE", help="lists from 'spkfast score', instead of a model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spkfast.cli.common import MODEL_HELP, Parser, add_backend, add_json, add_precision, load_encoder, print_result
+from spkfast.cli.common import FILE_HELP, Parser, add_backend, add_json, add_precision, load_encoder, print_result
 
 HELP = "score and decision for two files"
 # What spkfast.training.validation calls the trials of such speakers; it would load all that training needs.
@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
     parser = Parser("verify", HELP)
     parser.add_argument("a", metavar="A", help="audio file")
     parser.add_argument("b", metavar="B", help="audio file")
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--model", required=True, help=FILE_HELP)
     add_precision(parser)
     add_backend(parser)
     add_json(parser)

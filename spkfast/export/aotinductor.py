@@ -114,6 +114,8 @@ def to_aotinductor(
     from torch._inductor.exc import InvalidCxxCompiler
 
     check_name("layout", layout, list(LAYOUTS))
+    if hasattr(encoder.model, "takes_waveforms"):
+        raise InputError("the encoder has no weights to export: it is an exported graph itself")
     file = Path(path)
     if file.suffix != ".pt2":
         raise InputError(f"{file}: a package is named .pt2, got {file.suffix or 'no suffix'!r}")

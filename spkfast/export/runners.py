@@ -228,7 +228,9 @@ def load_graph(
     if isinstance(frontend, str):
         frontend = preset(frontend) if spec is None else fitting_preset(frontend, spec.output_size)
     if spec is None and frontend is None:
-        raise InputError(f"{path}: does not tell its front-end; name it: frontend='wespeaker', say")
+        raise InputError(
+            f"{path}: does not tell its front-end; name it in Python: load(..., frontend='wespeaker'), say"
+        )
     if spec is not None and frontend is not None and frontend.hash != spec.hash:
         raise InputError(f"{path}: front-end differs from that of the caller: {spec.difference(frontend)}")
     spec = frontend if spec is None else spec

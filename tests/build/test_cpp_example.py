@@ -27,7 +27,8 @@ WRONG_RECORDINGS = {
     "odd.pcm": (bytes(1601), "expected 16-bit samples, got an odd number of bytes"),
     "short.pcm": (bytes(2 * 399), "expected at least 400 samples, got 399"),
     "empty.pcm": (b"", "expected at least 400 samples, got 0"),
-    "voice.wav": (b"RIFF" + bytes(1600), "expected samples alone, got a WAV file; convert it: ffmpeg "),
+    "voice.wav": (b"RIFF" + bytes(1600), "expected samples alone, got a file that begins with RIFF; convert it: ffmpeg "),
+    "voice.flac": (b"fLaC" + bytes(1600), "expected samples alone, got a file that begins with fLaC; convert it: ffmpeg "),
 }
 
 Program = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,6 +12,7 @@ import spkfast
 from spkfast import InputError, SpeakerEncoder
 from spkfast.errors import BatchSizeError
 from spkfast.export import runners, to_onnx
+from spkfast.export.aotinductor import to_aotinductor
 from tests.export.conftest import relative_errors, voice
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -81,8 +82,9 @@ def test_audio_is_checked_as_ever(folder):
     for nothing in (lambda: encoder.save(folder / "saved"), lambda: encoder.calibrate([voice(0, 16000)])):
         with pytest.raises(InputError, match="this is an exported graph; load the model that it was made of"):
             nothing()
-    with pytest.raises(InputError, match="has no weights to export: it is an exported graph itself"):
-        to_onnx(encoder, folder / "again.onnx")
+    for export, suffix in ((to_onnx, "onnx"), (to_aotinductor, "pt2")):
+        with pytest.raises(InputError, match="has no weights to export: it is an exported graph itself"):
+            export(encoder, folder / f"again.{suffix}")
     with pytest.raises(InputError, match="encoder must be a SpeakerEncoder, as its load\\(\\) gives it, got a str"):
         to_onnx("ecapa-mini", folder / "again.onnx")
 
@@ -102,7 +104,7 @@ def test_files_that_cannot_be_used_are_told(mini, folder, tmp_path):
     for key, value, part in (
         ("spec_hash", "0", "damaged: spec_hash is 0"),
         ("frontend", "{", "damaged: front-end"),
-        ("frontend", None, "does not tell its front-end; name it"),
+        ("frontend", None, "does not tell its front-end; name it in Python"),
         ("threshold", "{", "damaged metadata"),
         ("threshold", "[1]", "damaged metadata"),
         ("embedding_dim", "many", "damaged metadata"),

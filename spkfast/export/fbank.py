@@ -144,8 +144,10 @@ class FbankGraph(nn.Module):
                 x = x / (variance + 1e-4).sqrt()
         if s.preemphasis_mode:
             before = torch.zeros_like(x[:, :1])
-            if s.preemphasis_mode == 1:  # the second sample, where there is one
-                before = x[:, :2][:, -1:]
+            if s.preemphasis_mode == 1:
+                # The second sample, where there is one: not by slices, of which compilers take their example's sizes.
+                second = _range(1, x) + 1
+                before = x.index_select(1, torch.minimum(second, torch.full_like(second, x.shape[1] - 1)))
                 if lengths is not None:
                     before = torch.where(lengths[:, None] > 1, before, x[:, :1])
             x = _where(inside, x - self._preemphasis * torch.cat([before, x[:, :-1]], dim=1))

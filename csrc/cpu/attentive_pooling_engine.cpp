@@ -100,8 +100,7 @@ void run_attentive_pooling(const AttentivePooling& call, const RealFrames& real,
                           {reinterpret_cast<char*>(deviations), channels * size}},
                          1);
           Product context = product_of(*call.context, Element::float32, rows, false, nullptr);
-          context.sources = sources.data();
-          context.num_sources = static_cast<int64_t>(sources.size());
+          read(context, sources);
           context.out = {reinterpret_cast<char*>(offsets), units * size};
           parallel_for(0, panels_of(units), 1,
                        [&](int64_t from, int64_t to) { product.run(context, 0, rows, from, to); });
@@ -115,8 +114,7 @@ void run_attentive_pooling(const AttentivePooling& call, const RealFrames& real,
               const int64_t b = row - begin;
               const std::vector<Source> sources = sources_of(call.hidden, {x.row(b)}, 1);
               Product layer = product_of(call.hidden, call.element, real.of(row), false, nullptr);
-              layer.sources = sources.data();
-              layer.num_sources = 1;
+              read(layer, sources);
               if (offsets) layer.bias = offsets + b * units;
               layer.out = hidden.row(b);
               product.run(layer, first, last, 0, panels_of(units));

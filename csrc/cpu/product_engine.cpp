@@ -182,10 +182,15 @@ std::vector<Source> sources_of(const Layer& layer, const std::vector<Frames>& pa
                                int64_t dilation) {
   std::vector<Source> sources;
   for (size_t i = 0; i < parts.size(); ++i) {
+    const int64_t steps = steps_of(layer.form.operand, layer.form.parts[i]);
     for (int64_t tap = 0; tap < layer.form.taps; ++tap) {
-      sources.push_back({parts[i].data, parts[i].stride,
-                         steps_of(layer.form.operand, layer.form.parts[i]),
-                         (tap - layer.form.taps / 2) * dilation});
+      int64_t step = 0;
+      do {  // at least one, also of no channels
+        sources.push_back({parts[i].data + step * kStepBytes, parts[i].stride,
+                           std::min(kChunkSteps, steps - step),
+                           (tap - layer.form.taps / 2) * dilation});
+        step += kChunkSteps;
+      } while (step < steps);
     }
   }
   return sources;
@@ -270,8 +275,7 @@ void run_tdnn_layer(const TdnnLayer& call, const RealFrames& real, Level level, 
           if (converts && !apart) convert(row, first, last);
           const std::vector<Source> sources = sources_of(layer, parts_of(row), call.dilation);
           Product product = product_of(layer, call.out_element, real.of(row), call.reflect, beyond);
-          product.sources = sources.data();
-          product.num_sources = static_cast<int64_t>(sources.size());
+          read(product, sources);
           if (bias) product.bias = bias + (row - begin) * channels;
           product.out = call.out.row(row);
           kernel.run(product, first, last, from, to);

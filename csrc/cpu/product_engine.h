@@ -101,6 +101,12 @@ void each_frames(const RealFrames& real, int64_t begin, int64_t end, int64_t wor
 std::vector<Source> sources_of(const Layer& layer, const std::vector<Frames>& parts,
                                int64_t dilation);
 
+// Has a product read sources, which have to stay.
+inline void read(Product& product, const std::vector<Source>& sources) {
+  product.sources = sources.data();
+  product.num_sources = static_cast<int64_t>(sources.size());
+}
+
 // The product of a layer for one utterance of `frames` frames, without sources and outputs.
 Product product_of(const Layer& layer, Element element, int64_t frames, bool reflect,
                    const char* beyond);

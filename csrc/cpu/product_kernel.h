@@ -32,6 +32,10 @@ struct Quantiser {
   float inverse_scale, zero;
 };
 
+// Steps of a chunk, of which a product takes one after the other. A source of more is a chunk
+// alone: where it can be split into several, it should.
+constexpr int64_t kChunkSteps = 512;
+
 // Frames of operands.
 struct Source {
   const char* data;  // of frame 0

@@ -35,13 +35,13 @@ inline const char* frame_of(const Product& product, const Source& source, int64_
   return source.data + t * source.stride;
 }
 
-// Sums of R frames from `frame` on, of which `count` exist, for N vectors of the channels whose
-// weights begin at `weight`.
-template <typename Dot, int R, int N>
-[[gnu::always_inline]] inline void add_up(const Product& product, int64_t frame, int64_t count,
-                                          const char* weight, V (&sums)[R * N]) {
+// Adds the products of R frames from `frame` on, of which `count` exist, to their sums for N
+// vectors of the channels whose weights begin at `weight`. `beside(at)` is called before the step
+// at byte 0 of each source, and tells before which one it wants to be called again.
+template <typename Dot, int R, int N, typename Beside>
+[[gnu::always_inline]] inline void add_to(const Product& product, int64_t frame, int64_t count,
+                                          const char* weight, V (&sums)[R * N], Beside beside) {
   constexpr int64_t kWeightStep = kPanel * kStepBytes;
-  each<R * N>([&](auto i) __attribute__((always_inline)) { sums[i] = V{}; });
   for (int64_t s = 0; s < product.num_sources; ++s) {
     const Source& source = product.sources[s];
     const char* rows[R];
@@ -49,20 +49,32 @@ template <typename Dot, int R, int N>
       rows[r] = frame_of(product, source, frame + smaller(r, count - 1));
     });
     const int64_t bytes = source.steps * kStepBytes;
-    for (int64_t at = 0; at < bytes; at += kStepBytes) {
-      V right[N];
-      each<N>([&](auto n) __attribute__((always_inline)) {
-        right[n] = load(reinterpret_cast<const float*>(weight) + n * W);
-      });
-      each<R>([&](auto r) __attribute__((always_inline)) {
-        const V left = broadcast(rows[r] + at);
+    for (int64_t at = 0; at < bytes;) {
+      const int64_t end = smaller(bytes, beside(at));
+      for (; at < end; at += kStepBytes) {
+        V right[N];
         each<N>([&](auto n) __attribute__((always_inline)) {
-          sums[r * N + n] = Dot::add(sums[r * N + n], left, right[n]);
+          right[n] = load(reinterpret_cast<const float*>(weight) + n * W);
         });
-      });
-      weight += kWeightStep;
+        each<R>([&](auto r) __attribute__((always_inline)) {
+          const V left = broadcast(rows[r] + at);
+          each<N>([&](auto n) __attribute__((always_inline)) {
+            sums[r * N + n] = Dot::add(sums[r * N + n], left, right[n]);
+          });
+        });
+        weight += kWeightStep;
+      }
     }
   }
+}
+
+// The sums alone.
+template <typename Dot, int R, int N>
+[[gnu::always_inline]] inline void add_up(const Product& product, int64_t frame, int64_t count,
+                                          const char* weight, V (&sums)[R * N]) {
+  each<R * N>([&](auto i) __attribute__((always_inline)) { sums[i] = V{}; });
+  add_to<Dot, R, N>(product, frame, count, weight, sums,
+                    [](int64_t) __attribute__((always_inline)) { return INT64_MAX; });
 }
 
 }  // namespace

@@ -7,12 +7,18 @@ namespace {
 
 using spkfast::cpu::Element;
 using spkfast::cpu::Frames;
+using spkfast::cpu::kChunkSteps;
 using spkfast::cpu::Operand;
 using spkfast::cpu::Quantiser;
 using spkfast::cpu::steps_of;
 
-// Bytes of operands that stay in the second cache while all panels pass.
-constexpr int64_t kBlockBytes = 384 << 10;
+// A panel is multiplied chunk by chunk of its steps, with all frames of a block. Bytes of the
+// operands of a block, which stay in the second cache beside a chunk of the weights and the next.
+constexpr int64_t kBlockBytes = 640 << 10;
+// Frames of a block whose sums are kept from chunk to chunk.
+constexpr int64_t kMostKept = 192;
+// Of memory.
+constexpr int64_t kLine = 64;
 // Frames whose sum is added to a mean at once.
 constexpr int64_t kPiece = 64;
 
@@ -74,11 +80,44 @@ template <typename Dot, typename T, typename Width>
       width);
 }
 
+// Asks for the weights that come next, so that they are in the second cache when they are needed:
+// they would otherwise arrive, from the third one or from memory, more slowly than they are
+// multiplied. A line at a time, since many at once would keep waiting what is multiplied now.
+struct Ahead {
+  const char *next, *end;
+  int64_t period;  // bytes of the operands from a line to the next
+  // Asks at a byte of the operands for a line, and tells when for the next one.
+  [[gnu::always_inline]] int64_t fetch(int64_t at) {
+    if (next >= end) return INT64_MAX;
+    __builtin_prefetch(next, 0, 2);
+    next += kLine;
+    return at + period;
+  }
+};
+
+// Which of the steps of a product are multiplied, and where the sums of earlier ones are kept.
+struct Chunk {
+  bool first, last;
+  float* kept;
+};
+
 template <typename Dot, typename T, int R, int N>
 [[gnu::noinline]] void tile(const Product& product, int64_t frame, int64_t count, int64_t channel,
-                            const char* weight) {
+                            const char* weight, const Chunk& chunk, Ahead& ahead) {
   V sums[R * N];
-  add_up<Dot, R, N>(product, frame, count, weight, sums);
+  if (chunk.first) {
+    each<R * N>([&](auto i) __attribute__((always_inline)) { sums[i] = V{}; });
+  } else {
+    each<R * N>([&](auto i) __attribute__((always_inline)) { sums[i] = load(chunk.kept + i * W); });
+  }
+  Ahead own = ahead;
+  add_to<Dot, R, N>(product, frame, count, weight, sums,
+                    [&](int64_t at) __attribute__((always_inline)) { return own.fetch(at); });
+  ahead = own;
+  if (!chunk.last) {
+    each<R * N>([&](auto i) __attribute__((always_inline)) { store(chunk.kept + i * W, sums[i]); });
+    return;
+  }
   each<N>([&](auto n) __attribute__((always_inline)) {
     const int64_t first = channel + n * W, left = product.channels - first;
     if (left <= 0) return;
@@ -93,32 +132,18 @@ template <typename Dot, typename T, int R, int N>
   });
 }
 
-// Asks for a part of the weights that come next, so that they are in the second cache when they are
-// needed: they would otherwise arrive, from the third one or from memory, more slowly than they are
-// multiplied.
-struct Ahead {
-  const char* next;
-  int64_t left, step;  // bytes, and how many of them in each tile
-  [[gnu::always_inline]] void fetch() {
-    constexpr int64_t kLine = 64;
-    const char* end = next + smaller(step, left);
-    left -= smaller(step, left);
-    for (; next < end; next += kLine) __builtin_prefetch(next, 0, 2);
-  }
-};
-
 template <typename Dot, typename T>
 void run_panel(const Product& product, int64_t first, int64_t last, int64_t panel,
-               const char* weight, Ahead ahead) {
+               const char* weight, Ahead ahead, Chunk chunk) {
   const int64_t end = smaller(product.channels, (panel + 1) * kPanel);
   for (int64_t channel = panel * kPanel; channel < end; channel += kTileColumns * W) {
     const char* columns = weight + (channel - panel * kPanel) * kStepBytes;
     const bool narrow = end - channel <= W;
     for (int64_t frame = first; frame < last; frame += kTileRows) {
       const int64_t count = smaller(kTileRows, last - frame);
-      ahead.fetch();
       const auto multiply = [&](auto rows, auto vectors) {
-        tile<Dot, T, rows, vectors>(product, frame, count, channel, columns);
+        tile<Dot, T, rows, vectors>(product, frame, count, channel, columns, chunk, ahead);
+        if (chunk.kept) chunk.kept += kTileRows * kTileColumns * W;
       };
       // Frames that a last tile lacks would be multiplied for nothing.
       if (narrow) {
@@ -139,19 +164,49 @@ void run_panel(const Product& product, int64_t first, int64_t last, int64_t pane
 template <typename Dot, typename T>
 void run_as(const Product& product, int64_t first, int64_t last, int64_t first_panel,
             int64_t last_panel) {
-  int64_t steps = 0;
+  alignas(64) float kept[kMostKept * kPanel];
+  constexpr int64_t kWeightStep = kPanel * kStepBytes;
+  // Sources from `from` on that a chunk takes: at least one, and how many steps they have.
+  const auto chunk_of = [&](int64_t from, int64_t* steps) {
+    int64_t to = from;
+    for (*steps = 0; to < product.num_sources; *steps += product.sources[to++].steps) {
+      if (to > from && *steps + product.sources[to].steps > kChunkSteps) break;
+    }
+    return to;
+  };
+  int64_t steps = 0, of_chunk;
   for (int64_t s = 0; s < product.num_sources; ++s) steps += product.sources[s].steps;
-  const int64_t tiles = kBlockBytes / (kTileRows * steps * kStepBytes + 1);
-  const int64_t block = kTileRows * (tiles > 1 ? tiles : 1),
-                panel_bytes = steps * kPanel * kStepBytes;
-  for (int64_t from = first; from < last; from += block) {
-    const int64_t to = smaller(last, from + block);
+  const bool whole = chunk_of(0, &of_chunk) == product.num_sources;
+  // Blocks of like size.
+  const int64_t tiles = (last - first + kTileRows - 1) / kTileRows;
+  int64_t most = kBlockBytes / (kTileRows * steps * kStepBytes + 1);
+  if (!whole) most = smaller(most, kMostKept / kTileRows);
+  most = most > 1 ? most : 1;
+  const int64_t blocks = (tiles + most - 1) / most;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = b * tiles / blocks, end = (b + 1) * tiles / blocks;
+    const int64_t from = first + begin * kTileRows, to = smaller(last, first + end * kTileRows);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const char* weight = product.weight + panel * panel_bytes;
-      const int64_t tiles = (to - from + kTileRows - 1) / kTileRows;
-      const int64_t next = panel + 1 < last_panel ? panel_bytes : 0;
-      run_panel<Dot, T>(product, from, to, panel, weight,
-                        {weight + panel_bytes, next, (panel_bytes / tiles + 63) / 64 * 64});
+      const char* weight = product.weight + panel * steps * kWeightStep;
+      int64_t left = (last_panel - panel) * steps * kWeightStep;
+      for (int64_t s = 0; s < product.num_sources;) {
+        const int64_t next = chunk_of(s, &of_chunk), bytes = of_chunk * kWeightStep;
+        left -= bytes;
+        Product part = product;
+        part.sources = product.sources + s;
+        part.num_sources = next - s;
+        // After all panels those of the next block.
+        const bool again = left == 0 && b + 1 < blocks;
+        const char* coming =
+            again ? product.weight + first_panel * steps * kWeightStep : weight + bytes;
+        const int64_t lines = smaller(bytes, again ? bytes : left) / kLine;
+        const int64_t period = lines ? of_chunk * (end - begin) / lines : 0;
+        run_panel<Dot, T>(part, from, to, panel, weight,
+                          {coming, coming + lines * kLine, (period > 1 ? period : 1) * kStepBytes},
+                          {s == 0, next == product.num_sources, whole ? nullptr : kept});
+        weight += bytes;
+        s = next;
+      }
     }
   }
 }

@@ -67,8 +67,7 @@ void run_se_res2net_block(const SERes2NetBlock& block, const RealFrames& padded,
                                   int64_t last, Product product) {
           const std::vector<Source> sources =
               sources_of(layer, {from.row(row - begin)}, block.dilation);
-          product.sources = sources.data();
-          product.num_sources = static_cast<int64_t>(sources.size());
+          read(product, sources);
           kernel.run(product, first, last, 0, panels_of(layer.form.channels));
         };
         const auto of = [&](const Layer& layer, int64_t row, const char* edge, const Frames& out) {
@@ -152,8 +151,7 @@ void run_se_res2net_block(const SERes2NetBlock& block, const RealFrames& padded,
           const Frames in = {reinterpret_cast<char*>(from), layer.form.parts[0] * size};
           const std::vector<Source> sources = sources_of(layer, {in}, 1);
           Product product = product_of(layer, Element::float32, rows, false, nullptr);
-          product.sources = sources.data();
-          product.num_sources = 1;
+          read(product, sources);
           product.out = {reinterpret_cast<char*>(to), count * size};
           parallel_for(0, panels_of(count), 1,
                        [&](int64_t from, int64_t to) { kernel.run(product, 0, rows, from, to); });

@@ -75,7 +75,7 @@ def test_equals_the_modules(name: str, layout: str, calls: list[int]) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("channels", [1, 16, 65, 200])
+@pytest.mark.parametrize("channels", [1, 16, 65, 200, 600])
 def test_levels_and_sizes(channels: int, level: str, monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
     monkeypatch.setenv("SPKFAST_CPU_LEVEL", level)
     layer = _pooling("astp", channels, 5)

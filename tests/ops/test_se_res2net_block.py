@@ -41,7 +41,7 @@ from tests.ops.products import (
 Backend = backends.Backend
 
 # Inputs, width, groups, taps: shortcut or none, parts of vectors and of steps, no convolution at all.
-SIZES = [(20, 5, 4, 3), (9, 4, 3, 5), (6, 6, 1, 1), (66, 33, 2, 3), (40, 5, 8, 3), (3, 1, 2, 3)]
+SIZES = [(20, 5, 4, 3), (9, 4, 3, 5), (6, 6, 1, 1), (66, 33, 2, 3), (40, 5, 8, 3), (3, 1, 2, 3), (600, 300, 2, 3)]
 FORMS = [BlockForm(), BlockForm("first", "reflect"), BlockForm("first"), BlockForm("last", "reflect")]
 
 

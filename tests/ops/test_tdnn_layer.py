@@ -142,6 +142,24 @@ def test_every_level_matches_the_definition(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("level", LEVELS)
+def test_products_in_chunks_match_the_definition(
+    monkeypatch: pytest.MonkeyPatch, level: str, precision: Precision
+) -> None:
+    at_level(monkeypatch, level)
+    # At each precision an input of several chunks beside one of less; frames of more than a block, rows that end in a
+    # part of a tile; a panel and a part of one.
+    parts, lengths = (2080, 50), torch.tensor([203, 200, 5])
+    params = noisy_layer(67, sum(parts), 1)
+    inputs = [channels_last(noise(3, part, 203, seed=part)) for part in parts]
+    got = run(inputs, params, lengths, precision=precision)
+    assert_within(got, layer(exact(torch.cat(inputs, dim=1)), params, lengths, precision, NOISE))
+    for row, count in enumerate(lengths.tolist()):
+        alone = run([part[row : row + 1, :, :count] for part in inputs], params, precision=precision)
+        assert torch.equal(got[row : row + 1, :, :count], alone)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_level_is_exact_where_nothing_rounds(
     monkeypatch: pytest.MonkeyPatch, level: str, precision: Precision
 ) -> None:

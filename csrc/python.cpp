@@ -1,5 +1,5 @@
 // pybind11 module spkfast._C: what is not a tensor op. Build information, features of arrays and
-// streams, and crops of FLAC files.
+// streams, crops of FLAC files, and what is asked of modules of torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -14,6 +14,7 @@
 #include "cpu/cpu_level.h"
 #include "cpu/flac_stream.h"
 #include "cpu/log_mel_fbank_stream.h"
+#include "python_modules.h"
 
 namespace py = pybind11;
 
@@ -223,4 +224,5 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("samples", &Flac::samples)
       .def_property_readonly("sample_rate", &Flac::sample_rate)
       .def("read", &Flac::read, py::arg("start"), py::arg("count"), "Samples (n,), int16.");
+  spkfast::add_module_functions(m);
 }

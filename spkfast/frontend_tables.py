@@ -13,6 +13,8 @@ from spkfast.frontends import FrontendSpec
 
 Table = NDArray[np.float64]
 
+# dataclasses.fields takes as long as the first frames of an utterance.
+_FIELDS = [field.name for field in dataclasses.fields(FrontendSpec)]
 _PADDING = {"none": 0, "constant": 0, "reflect": 1}
 _SYMMETRIC = 2
 _WAVEFORM_NORM = {"none": 0, "mean_std": 1, "instance": 2}
@@ -163,7 +165,7 @@ def tables(spec: FrontendSpec) -> Tables:
 
 def field_values(spec: FrontendSpec) -> tuple[Any, ...]:
     """The fields in order: under torch 2.11 a compiled graph can hold these, but not the spec itself."""
-    return tuple([getattr(spec, field.name) for field in dataclasses.fields(spec)])
+    return tuple([getattr(spec, name) for name in _FIELDS])
 
 
 def _window(spec: FrontendSpec) -> Table:

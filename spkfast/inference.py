@@ -290,7 +290,7 @@ class SpeakerEncoder:
             raise InputError(f"max_seconds must be at least that of a frame, got {max_seconds}")
         waveforms = [waveform[:most] for waveform in self._load_all(audios, sample_rate)]
         batches = _batches_of_one_length([len(w) for w in waveforms], self._samples(batch_seconds))
-        with _exact_convolutions():
+        with _exact_convolutions(self.device):
             return calibrate(self.model, (self._features([waveforms[i] for i in batch], backend) for batch in batches))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -560,7 +560,7 @@ class SpeakerEncoder:
 
     def _forward(self, waveforms: list[np.ndarray], backend: Backend) -> Tensor:
         signal, lengths = self._inputs(waveforms, backend)
-        with _exact_convolutions():
+        with _exact_convolutions(self.device):
             return self.model(signal, lengths).float().cpu()
 
     def _inputs(self, waveforms: list[np.ndarray], backend: Backend) -> tuple[Tensor, Tensor]:
@@ -571,9 +571,12 @@ class SpeakerEncoder:
 
     def _padded(self, waveforms: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(w) for w in waveforms])
-        padded = torch.zeros(len(waveforms), int(lengths.max()))
-        for row, waveform in zip(padded, waveforms, strict=True):
-            row[: len(waveform)] = torch.from_numpy(waveform)
+        if len(waveforms) == 1:
+            padded = torch.from_numpy(waveforms[0])[None]
+        else:
+            padded = torch.zeros(len(waveforms), int(lengths.max()))
+            for row, waveform in zip(padded, waveforms, strict=True):
+                row[: len(waveform)] = torch.from_numpy(waveform)
         return padded.to(self.device), lengths.to(self.device)
 
     def _features(self, waveforms: list[np.ndarray], backend: Backend) -> tuple[Tensor, Tensor]:
@@ -584,8 +587,10 @@ class SpeakerEncoder:
         return features.to(next(kinds, features.dtype)), frame_lengths
 
 
-def _exact_convolutions() -> contextlib.AbstractContextManager[None]:
+def _exact_convolutions(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """fp32 means fp32: cuDNN's convolutions would use TF32 by default."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
@@ -630,7 +635,9 @@ def _mono(audio: Any, name: str) -> np.ndarray:
         raise InputError(f"{name}: samples must be floating or signed integers, got {samples.dtype}")
     if samples.ndim not in (1, 2):
         raise InputError(f"{name}: samples must have shape (S,) or (channels, S), got {samples.shape}")
-    samples = samples.astype(np.float32) * scale
+    samples = samples.astype(np.float32)
+    if scale != 1:
+        samples *= scale
     if samples.ndim == 2:
         samples = samples.mean(axis=int(np.argmin(samples.shape)))
     if not np.isfinite(samples).all():

@@ -69,7 +69,8 @@ class SpeakerModel(nn.Module):
             raise InputError(f"features must have shape (B, T, M) with M = {expected}, got {tuple(features.shape)}")
         if features.shape[1] == 0:
             raise InputError("features must have at least one frame, got T = 0")
-        check_lengths(lengths, features.transpose(1, 2))
+        if check_lengths(lengths, features.transpose(1, 2)):
+            lengths = None  # which spares masks
         frames, lengths = self.encoder(features, lengths)
         pooled = self.pooling(frames, lengths)
         if autocast_type(pooled.device.type) is None:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spkfast import backends
 from spkfast.errors import InputError, check_name
+from spkfast.nn import _watch
 from spkfast.nn.sync_batch_norm import SyncBatchNorm
 from spkfast.nn.training import Kernels
 from spkfast.ops._packing import PRECISIONS, Range, checked_range
@@ -63,9 +64,9 @@ class Kept(Generic[_Packed]):
     def __init__(self) -> None:
         self._last: tuple[tuple[Any, ...], _Packed, list[Tensor]] | None = None
 
-    def of(self, tensors: Sequence[Tensor], options: Any, make: Callable[[], _Packed]) -> _Packed:
+    def of(self, tensors: list[Tensor], options: Any, make: Callable[[], _Packed]) -> _Packed:
         """What ``make`` gives; called again where the tensors are others, or changed, or the options did."""
-        made_of = (options, *[(id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors])
+        made_of = options, _watch.states_of(tensors)
         # Read and written as one, since another thread may ask for other options at the same time.
         last = self._last
         if last is None or last[0] != made_of:
@@ -270,31 +271,12 @@ class _Inside:
 
     def changed(self) -> bool:
         """Whether a module was added, or a module, its class, a tensor or a number replaced."""
-        for module, kind in self._classes:
-            if type(module) is not kind:
-                return True
-        for values, size in self._sizes:
-            if len(values) != size:
-                return True
-        for values, name, value in self._entries:  # noqa: SIM110 (faster than any)
-            if values.get(name) is not value:
-                return True
-        return False
+        return _watch.is_changed(self._entries, self._sizes, self._classes)
 
     def is_watched(self, evaluating: bool) -> bool:
         """Whether a hook wants to see a module inside, or one has a forward of its own or, where all should be in
         evaluation mode, is in training mode."""
-        for of_module in self._modules:
-            if (
-                of_module["_forward_hooks"]
-                or of_module["_forward_pre_hooks"]
-                or of_module["_backward_hooks"]
-                or of_module["_backward_pre_hooks"]
-                or (evaluating and of_module["training"])
-                or "forward" in of_module
-            ):
-                return True
-        return False
+        return _watch.is_watched(self._modules, evaluating)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -327,10 +309,7 @@ register_optimizer_step_post_hook(_count_fused_step)
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode of a module; afterwards each part has its own again. What is in it already keeps its packing."""
-    parts: list[nn.Module] = [module]
-    for part in parts:  # modules() takes three times as long, which a second of audio feels
-        parts += filter(None, part._modules.values())
-    trained = [part for part in parts if part.training]
+    trained = _watch.in_training(module)
     if trained:
         module.eval()
     try:

@@ -128,10 +128,14 @@ def check_device(name: str, value: Tensor, x: Tensor) -> None:
         raise InputError(f"{name} must be on {x.device}, where x is, got {value.device}")
 
 
-def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
-    """Refuses lengths of a wrong type, shape or place; and, where that costs no wait, outside 0..T."""
+def check_lengths(lengths: Tensor | None, x: Tensor) -> bool:
+    """Refuses lengths of a wrong type, shape or place; and, where that costs no wait, outside 0..T.
+
+    Returns:
+        Whether every row is known to have all T frames. What is traced has rows of other lengths to come.
+    """
     if lengths is None:
-        return
+        return True
     if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64:
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise InputError(f"lengths must be an int64 tensor of frames, got {kind}")
@@ -140,11 +144,13 @@ def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
     check_device("lengths", lengths, x)
     # vmap shows no values.
     asked = lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not backends.is_transformed()
-    if asked and lengths.numel():
-        low, high = lengths.aminmax()
-        if low < 0 or high > x.shape[2]:
-            row = int(((lengths < 0) | (lengths > x.shape[2])).nonzero()[0])
-            raise InputError(f"lengths must lie in 0..{x.shape[2]}, row {row} has {int(lengths[row])}")
+    if not asked or not lengths.numel():
+        return False
+    low, high = (int(bound) for bound in lengths.aminmax())
+    if low < 0 or high > x.shape[2]:
+        row = int(((lengths < 0) | (lengths > x.shape[2])).nonzero()[0])
+        raise InputError(f"lengths must lie in 0..{x.shape[2]}, row {row} has {int(lengths[row])}")
+    return low == x.shape[2] and not torch.jit.is_tracing()
 
 
 def limits(x: Tensor) -> dict[str, str]:

@@ -58,6 +58,7 @@ bool is_watched(const py::list& modules, bool evaluating) {
                                    name("_backward_hooks"), name("_backward_pre_hooks")};
   static PyObject* const training = name("training");
   static PyObject* const forward = name("forward");
+  static PyObject* const compiled = name("_compiled_call_impl");
   for (const py::handle of_module : modules) {
     for (PyObject* const kind : hooks) {
       PyObject* const values = found(of_module.ptr(), kind);
@@ -68,6 +69,8 @@ bool is_watched(const py::list& modules, bool evaluating) {
       if (trains != nullptr && is_true(trains)) return true;
     }
     if (found(of_module.ptr(), forward) != nullptr) return true;
+    PyObject* const call = found(of_module.ptr(), compiled);
+    if (call != nullptr && call != Py_None) return true;
   }
   return false;
 }

@@ -42,6 +42,8 @@ FORMAT_VERSION = 2
 _READ_VERSIONS = (1, 2)
 _CONFIG, _WEIGHTS, _METADATA = "config.yaml", "model.safetensors", "spkfast"
 _KEYS = ("format_version", "model", "frontend", "frontend_hash", "threshold", "input_ranges")
+# Most audio in one batch.
+_BATCH_SECONDS = 60.0
 # Of files that another runtime computes.
 GRAPHS = (".onnx", ".engine", ".plan", ".pt2")
 # Type of the only device that has products of a precision.
@@ -263,7 +265,7 @@ class SpeakerEncoder:
         sample_rate: int | None = None,
         *,
         backend: Backend = "auto",
-        batch_seconds: float = 60.0,
+        batch_seconds: float = _BATCH_SECONDS,
         max_seconds: float = 10.0,
     ) -> dict[str, dict[str, Range]]:
         """Finds the ranges that ``int8`` needs, on features as :meth:`embed_batch` makes them; the network keeps them.
@@ -425,7 +427,11 @@ class SpeakerEncoder:
         Raises:
             InputError: As :meth:`load_audio`; or if the embedding is not finite.
         """
-        return self.embed_batch([audio], sample_rate, normalize=normalize, backend=backend)[0]
+        (row,) = self._embed([self.load_audio(audio, sample_rate)], backend, _BATCH_SECONDS)
+        if isinstance(row, str):
+            raise InputError(f"{_names([audio])[0]}: {row}")
+        # A new tensor in either case, since those of inference mode know no gradient.
+        return nn.functional.normalize(row, dim=0) if normalize else row.clone()
 
     def embed_batch(
         self,
@@ -434,7 +440,7 @@ class SpeakerEncoder:
         *,
         normalize: bool = False,
         backend: Backend = "auto",
-        batch_seconds: float = 60.0,
+        batch_seconds: float = _BATCH_SECONDS,
     ) -> Tensor:
         """Embeddings of utterances of any lengths, shape (B, E), float32 on the CPU, in the order given.
 
@@ -461,7 +467,11 @@ class SpeakerEncoder:
         return nn.functional.normalize(out, dim=1) if normalize else out
 
     def embed_files(
-        self, paths: Iterable[str | os.PathLike[str]], *, backend: Backend = "auto", batch_seconds: float = 60.0
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        *,
+        backend: Backend = "auto",
+        batch_seconds: float = _BATCH_SECONDS,
     ) -> Iterator[Tensor | InputError]:
         """Embeddings of any number of files, in their order, a few batches of audio in memory at a time.
 
@@ -528,7 +538,8 @@ class SpeakerEncoder:
                 else:
                     rows[batch[0]] = str(error)
                 continue
-            for i, embedding, good in zip(batch, embeddings, embeddings.isfinite().all(dim=1).tolist(), strict=True):
+            finite = np.isfinite(embeddings.numpy()).all(axis=1).tolist()
+            for i, embedding, good in zip(batch, embeddings, finite, strict=True):
                 seconds = len(waveforms[i]) / self.frontend.sample_rate
                 rows[i] = embedding if good else f"the model gives no finite embedding for its {seconds:.3f} s"
         return [rows[i] for i in range(len(waveforms))]
@@ -627,9 +638,9 @@ def _mono(audio: Any, name: str) -> np.ndarray:
         audio = audio.detach().cpu()
         audio = audio.float() if audio.is_floating_point() else audio  # numpy has no bfloat16
     samples = np.asarray(audio)
-    if np.issubdtype(samples.dtype, np.signedinteger):
+    if samples.dtype.kind == "i":
         scale = np.float32(1 / -float(np.iinfo(samples.dtype).min))
-    elif np.issubdtype(samples.dtype, np.floating):
+    elif samples.dtype.kind == "f":
         scale = np.float32(1)
     else:
         raise InputError(f"{name}: samples must be floating or signed integers, got {samples.dtype}")

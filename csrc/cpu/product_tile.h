@@ -200,7 +200,8 @@ void run_as(const Product& product, int64_t first, int64_t last, int64_t first_p
         const char* coming =
             again ? product.weight + first_panel * steps * kWeightStep : weight + bytes;
         const int64_t lines = smaller(bytes, again ? bytes : left) / kLine;
-        const int64_t period = lines ? of_chunk * (end - begin) / lines : 0;
+        const int64_t passes = kPanel / (kTileColumns * W);  // over the frames
+        const int64_t period = lines ? of_chunk * (end - begin) * passes / lines : 0;
         run_panel<Dot, T>(part, from, to, panel, weight,
                           {coming, coming + lines * kLine, (period > 1 ? period : 1) * kStepBytes},
                           {s == 0, next == product.num_sources, whole ? nullptr : kept});

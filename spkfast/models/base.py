@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spkfast.errors import InputError
-from spkfast.nn.inference import autocast_type
+from spkfast.nn.inference import KernelModule, autocast_type, inference_layers
 from spkfast.ops.attentive_stats_pool import check_lengths
 
 
-class SpeakerModel(nn.Module):
+class SpeakerModel(KernelModule):
     """A network from features to embeddings: encoder, pooling over time, projector.
 
     A front-end (:class:`spkfast.nn.Fbank`) comes before it and, in training, a head
@@ -49,6 +52,9 @@ class SpeakerModel(nn.Module):
         In evaluation mode a row of a padded batch gives the embedding that it gives alone, whatever its padding holds.
         In training mode batch norm counts padded frames too, as in every toolkit: train on crops of one length.
 
+        In evaluation mode, where no gradient is wanted, it runs on kernels, with weights of their own form. A change
+        that torch does not count, as of ``weight.data`` in place, is seen once :meth:`train` or :meth:`eval` is called.
+
         Args:
             features: Shape (B, T, M).
             lengths: Frames per row, int64, 0 to T, shape (B,); None where all T are real.
@@ -70,10 +76,50 @@ class SpeakerModel(nn.Module):
         if features.shape[1] == 0:
             raise InputError("features must have at least one frame, got T = 0")
         if check_lengths(lengths, features.transpose(1, 2)):
-            lengths = None  # which spares masks
+            lengths = None  # without them there are no masks, and kernels of training apply
+            bound = self._bound(features)
+            if bound is not None:
+                return bound(features)
         frames, lengths = self.encoder(features, lengths)
         pooled = self.pooling(frames, lengths)
         if autocast_type(pooled.device.type) is None:
             # At a precision of its own the network pools in float32.
             pooled = pooled.to(next((p.dtype for p in self.projector.parameters()), own))
         return self.projector(pooled)
+
+    def misfit(self) -> str | None:
+        """Why :meth:`_bound` cannot stand for the network, whatever the device."""
+        if not hasattr(self.encoder, "bound"):
+            return "an encoder without an inference form"
+        own = ("spkfast.", "torch.")
+        other = next((part for part in self.modules() if not type(part).__module__.startswith(own)), None)
+        if other is not None:
+            return f"a {type(other).__name__} of another class"
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        if kinds != {torch.float32}:
+            return "weights of another type than float32"
+        return next(filter(None, (layer.misfit() for layer in inference_layers(self.encoder).values())), None)
+
+    def _bound(self, features: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The network of rows all of whose frames are real, by its kernels alone; None where they do not apply.
+
+        What its layers would each look at, whether anything in them changed, is asked once.
+        """
+        if features.dtype != torch.float32 or autocast_type(features.device.type) is not None:
+            return None
+        tensors = self.weights_for_kernels(features)
+        return None if tensors is None else self.kept.of(tensors, None, lambda: self._bind(features.device))
+
+    def _bind(self, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+        layers = inference_layers(self).values()
+        # Of several precisions one layer rounds what the next one reads.
+        if len({layer.precision for layer in layers}) > 1:
+            return None
+        if not all(layer.runs_at(layer.precision, device) for layer in layers):
+            return None
+        encoder: Any = self.encoder
+        parts: list[Any] = [self.pooling, self.projector]
+        frames = encoder.bound()
+        pool, project = (part.bound() if hasattr(part, "bound") and part.misfit() is None else part for part in parts)
+        return lambda features: project(pool(frames(features)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -136,15 +137,29 @@ class EcapaEncoder(nn.Module):
         padding, excited = frames if self.exact else None, frames if self.se_lengths else None
         if padding is not None:
             x = x.masked_fill(padding.mask == 0, 0)  # a product would keep NaN
-        x = self.stem(x, padding)
+        blocks = [functools.partial(block, frames=excited, padding=padding) for block in self._blocks()]
+        return self.mfa(self._outputs_of(blocks, self.stem(x, padding)), padding), lengths
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        """Features to frames on the kernels, which apply, of rows all of whose frames are real."""
+        stem = self.stem.bound([self.feature_dim])
+        mfa = self.mfa.bound([block.out.conv.out_channels for block in self._blocks()])
+        blocks = [block.bound(block.in_.conv.in_channels) for block in self._blocks()]
+        return lambda features: mfa(self._outputs_of(blocks, stem([features.transpose(1, 2)])))
+
+    def _blocks(self) -> list[SERes2NetBlock]:
+        return [cast(SERes2NetBlock, self.get_submodule(f"blk{i}")) for i in range(1, self.num_blocks + 1)]
+
+    def _outputs_of(self, blocks: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:
+        """The outputs of all blocks."""
         outputs: list[Tensor] = []
-        for i in range(1, self.num_blocks + 1):
+        for block in blocks:
             if self.sum_inputs and outputs:
                 x = x + outputs[-1]
             elif outputs:
                 x = outputs[-1]
-            outputs.append(self.get_submodule(f"blk{i}")(x, excited, padding=padding))
-        return self.mfa(outputs, padding), lengths
+            outputs.append(block(x))
+        return outputs
 
 
 class EcapaTdnn(SpeakerModel):

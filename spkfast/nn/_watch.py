@@ -43,14 +43,15 @@ def is_changed(
 
 
 def is_watched(modules: list[dict[str, Any]], evaluating: bool) -> bool:
-    """Whether one of the modules has a hook or a forward of its own or, where all should be in evaluation mode, is in
-    training mode; each is given as its ``__dict__``."""
+    """Whether one of the modules has a hook, a forward of its own or a compiled one or, where all should be in
+    evaluation mode, is in training mode; each is given as its ``__dict__``."""
     if _compiled is not None:
         return _compiled.is_watched(modules, evaluating)
     return any(
         any(of_module.get(hooks) for hooks in _HOOKS)
         or (evaluating and of_module.get("training"))
         or "forward" in of_module
+        or of_module.get("_compiled_call_impl") is not None
         for of_module in modules
     )
 

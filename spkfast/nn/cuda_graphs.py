@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spkfast.errors import InputError
-from spkfast.nn.inference import _can_run_kernels, _Inside, inference_layers
+from spkfast.nn.inference import KernelModule, _can_run_kernels, _Inside, inference_layers
 
 _WARM_UP = 3
 _version = operator.attrgetter("_version")
@@ -195,7 +195,12 @@ class CudaGraphs:
         # While graphs hold what they read, nothing new can lie in the same places.
         self._held = [value for tensor in self._inside.tensors for value in (tensor, tensor.detach())]
         self._state = self._state_now()
-        return _Graph(features, lengths, output, captured, [layer.kept._last for layer in self._layers])
+        return _Graph(features, lengths, output, captured, self._packed())
+
+    def _packed(self) -> list[Any]:
+        """What the kernels read beside the tensors of the network."""
+        network = [self.net] if isinstance(self.net, KernelModule) else []
+        return [part.kept._last for part in (*network, *self._layers)]
 
 
 class _Bucket(NamedTuple):

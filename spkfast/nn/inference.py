@@ -32,7 +32,7 @@ _PRODUCTS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "bf16", "fp16")}
 _TRAINS = {"cpu": "native", "cuda": "triton"}
 _PLAIN = (Tensor, nn.Parameter)
 # What a module computes by beside its tensors.
-_NUMBERS = ("dilation", "eps", "groups", "padding", "padding_mode", "reflect", "stride")
+_NUMBERS = ("dilation", "eps", "first_passes", "groups", "padding", "padding_mode", "reflect", "stride")
 # Of the modules of torch that the kernels replace, and of a ModuleList.
 _FORWARDS = frozenset(
     (
@@ -63,6 +63,7 @@ class Kept(Generic[_Packed]):
 
     def __init__(self) -> None:
         self._last: tuple[tuple[Any, ...], _Packed, list[Tensor]] | None = None
+        self._forgotten = 0
 
     def of(self, tensors: list[Tensor], options: Any, make: Callable[[], _Packed]) -> _Packed:
         """What ``make`` gives; called again where the tensors are others, or changed, or the options did."""
@@ -70,10 +71,17 @@ class Kept(Generic[_Packed]):
         # Read and written as one, since another thread may ask for other options at the same time.
         last = self._last
         if last is None or last[0] != made_of:
+            forgotten = self._forgotten
             # The tensors and their memory stay, so that nothing new can lie in the same places.
             last = made_of, make(), [*tensors, *(tensor.detach() for tensor in tensors)]
-            self._last = last
+            if forgotten == self._forgotten:  # else another thread saw a change meanwhile
+                self._last = last
         return last[1]
+
+    def forget(self) -> None:
+        """Has it made again. The object stays: that there is another one tells of ``train`` and ``eval``."""
+        self._forgotten += 1
+        self._last = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept[_Packed]:
         return Kept()
@@ -82,55 +90,49 @@ class Kept(Generic[_Packed]):
         return Kept, ()
 
 
-class InferenceLayer(nn.Module):
-    """A layer that has an inference form beside the plain one.
-
-    In evaluation mode, where no gradient is wanted, its kernels run in place of the modules inside it: on weights that
-    they pack at the first call and again after any of them changed. A change that torch does not count, as of
-    ``weight.data`` in place, is seen once :meth:`train` or :meth:`eval` is called. The modules themselves run where one
-    of them has a hook, a parametrization or a forward of its own, and while torch.compile or torch.export look.
+class KernelModule(nn.Module):
+    """A module whose kernels of inference run in place of the modules inside it, where nothing speaks against them.
 
     Attributes:
         op: Whose kernels these are.
-        precision: What the products of the inference form multiply; see :func:`set_precision`.
-        input_ranges: Smallest and largest input of each product, for ``int8``; see :func:`calibrate`.
     """
 
     op = "tdnn_layer"
-    precision: Precision = "fp32"
-    input_ranges: Mapping[str, Range] = MappingProxyType({})
 
     @property
     def kept(self) -> Kept[Any]:
         """The packed weights."""
         return cast("Kept[Any]", self.__dict__.setdefault("_kept", Kept()))
 
-    def train(self, mode: bool = True) -> InferenceLayer:
+    def train(self, mode: bool = True) -> KernelModule:
         """As of any module; frees packed weights."""
         self.__dict__.pop("_kept", None)
         return super().train(mode)
 
-    def _replicate_for_data_parallel(self) -> InferenceLayer:
-        replica = cast(InferenceLayer, super()._replicate_for_data_parallel())
+    def _replicate_for_data_parallel(self) -> KernelModule:
+        replica = cast(KernelModule, super()._replicate_for_data_parallel())
         # What was kept belongs to the tensors of another device, and to another thread.
         for name in ("_inside", "_kept"):
             replica.__dict__.pop(name, None)
         return replica
-
-    def obstacle(self) -> str | None:
-        """Why its kernels never run, whatever the inputs, the device and the mode; None where they do."""
-        inside = _Inside(self)
-        return inside.unknown or inside.misfit
 
     def misfit(self) -> str | None:
         """What the modules inside, of classes that are known, compute otherwise than the kernels of inference."""
         return None
 
     def products_at(self, x: Tensor) -> Precision:
-        """Precision of the products: that which was set, or that of the weights or of autocast where it is half."""
-        if self.precision != "fp32":
-            return self.precision
+        """Precision of the products of its kernels for an input."""
         return _OF_TYPE.get(autocast_type(x.device.type) or x.dtype, "fp32")
+
+    def runs_at(self, precision: Precision, device: torch.device) -> bool:
+        """Whether kernels exist here that multiply at a precision."""
+        return precision in _PRODUCTS[device.type] and backends.resolve(device, "auto", self.op) != "reference"
+
+    def tensors_inside(self) -> list[Tensor]:
+        """All parameters and buffers, of a module of which it is known that its kernels apply."""
+        inside = self._known_inside(evaluating=True)
+        assert inside is not None
+        return inside.tensors
 
     def weights_for_kernels(self, x: Tensor, *others: Tensor) -> list[Tensor] | None:
         """All parameters and buffers where the kernels of inference apply to these inputs, else None."""
@@ -139,8 +141,7 @@ class InferenceLayer(nn.Module):
             or torch.compiler.is_compiling()
             or x.ndim != 3
             or not _can_run_kernels(x, *others)
-            or backends.resolve(x.device, "auto", self.op) == "reference"
-            or self.products_at(x) not in _PRODUCTS[x.device.type]
+            or not self.runs_at(self.products_at(x), x.device)
         ):
             return None
         inside = self._known_inside(evaluating=True)
@@ -152,6 +153,45 @@ class InferenceLayer(nn.Module):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others, *tensors)):
             return None
         return tensors
+
+    def _known_inside(self, *, evaluating: bool) -> _Inside | None:
+        """What lies inside, where the kernels can stand for all of it."""
+        inside = self.__dict__.get("_inside")
+        if inside is None or inside.changed():
+            # A number of a module, which is no tensor, may be what changed.
+            self.kept.forget()
+            inside = self.__dict__["_inside"] = _Inside(self)
+        if inside.unknown is not None or (evaluating and inside.misfit is not None) or inside.is_watched(evaluating):
+            return None
+        return inside
+
+
+class InferenceLayer(KernelModule):
+    """A layer that has an inference form beside the plain one.
+
+    In evaluation mode, where no gradient is wanted, its kernels run in place of the modules inside it: on weights that
+    they pack at the first call and again after any of them changed. A change that torch does not count, as of
+    ``weight.data`` in place, is seen once :meth:`train` or :meth:`eval` is called. The modules themselves run where one
+    of them has a hook, a parametrization or a forward of its own, and while torch.compile or torch.export look.
+
+    Attributes:
+        precision: What the products of the inference form multiply; see :func:`set_precision`.
+        input_ranges: Smallest and largest input of each product, for ``int8``; see :func:`calibrate`.
+    """
+
+    precision: Precision = "fp32"
+    input_ranges: Mapping[str, Range] = MappingProxyType({})
+
+    def obstacle(self) -> str | None:
+        """Why its kernels never run, whatever the inputs, the device and the mode; None where they do."""
+        inside = _Inside(self)
+        return inside.unknown or inside.misfit
+
+    def products_at(self, x: Tensor) -> Precision:
+        """Precision of the products: that which was set, or that of the weights or of autocast where it is half."""
+        if self.precision != "fp32":
+            return self.precision
+        return super().products_at(x)
 
     def kernels_for_training(self, x: Tensor, *others: Tensor) -> Kernels | None:
         """The kernels that train on these inputs, all rows of which have all frames; else None.
@@ -183,17 +223,6 @@ class InferenceLayer(nn.Module):
         if not known or any(value.dtype != torch.float32 or value.device != x.device for value in self.parameters()):
             return None
         return Kernels(precision, backend)
-
-    def _known_inside(self, *, evaluating: bool) -> _Inside | None:
-        """What lies inside, where the kernels can stand for all of it."""
-        inside = self.__dict__.get("_inside")
-        if inside is None or inside.changed():
-            # A number of a module, which is no tensor, may be what changed.
-            self.__dict__.pop("_kept", None)
-            inside = self.__dict__["_inside"] = _Inside(self)
-        if inside.unknown is not None or (evaluating and inside.misfit is not None) or inside.is_watched(evaluating):
-            return None
-        return inside
 
     def _known_to_compiler(self) -> bool:
         """The same, in words that torch.compile can follow."""
@@ -233,7 +262,7 @@ class _Inside:
     Attributes:
         tensors: All parameters and buffers.
         unknown: What the kernels cannot see, of the tensors or of what the modules compute; None where they see all.
-        misfit: See :meth:`InferenceLayer.misfit`.
+        misfit: See :meth:`KernelModule.misfit`.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -252,6 +281,9 @@ class _Inside:
                 self._classes.append((module, type(module)))
                 if not _is_known(type(module)):
                     reasons.append(f"a {type(module).__name__} of another class than torch's")
+                if isinstance(module, KernelModule):
+                    self._entries += [(of_module, name, of_module.get(name)) for name in ("precision", "input_ranges")]
+                    self._entries.append((of_module, "_kept", module.kept))  # which train and eval drop
             self._entries += [(of_module, name, of_module[name]) for name in _NUMBERS if name in of_module]
             for kind in ("_parameters", "_buffers", "_modules"):
                 self._entries += [(of_module[kind], name, value) for name, value in of_module[kind].items()]
@@ -267,7 +299,7 @@ class _Inside:
             elif tensor.is_inference():  # of which changes are not counted
                 reasons.append("weights made in inference mode")
         self.unknown = reasons[0] if reasons else None
-        self.misfit = layer.misfit() if self.unknown is None and isinstance(layer, InferenceLayer) else None
+        self.misfit = layer.misfit() if self.unknown is None and isinstance(layer, KernelModule) else None
 
     def changed(self) -> bool:
         """Whether a module was added, or a module, its class, a tensor or a number replaced."""
@@ -326,6 +358,11 @@ def inference_params(layer: nn.Module, bn: nn.Module | None = None) -> TdnnParam
     bias = cast("Tensor | None", layer.bias)
     if bn is None:
         return TdnnParams(weight, bias)
+    return TdnnParams(weight, bias, *affine_of(bn))
+
+
+def affine_of(bn: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in evaluation mode, float64."""
     assert isinstance(bn, NORMS) and bn.running_var is not None and bn.running_mean is not None
     scale = (bn.running_var.double() + bn.eps).rsqrt()
     if bn.weight is not None:
@@ -333,7 +370,7 @@ def inference_params(layer: nn.Module, bn: nn.Module | None = None) -> TdnnParam
     shift = -bn.running_mean * scale
     if bn.bias is not None:
         shift = shift + bn.bias
-    return TdnnParams(weight, bias, scale, shift)
+    return scale, shift
 
 
 def has_inference_form(bn: nn.Module | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from spkfast.ops._attentive_pooling import PackedAttention, attentive_moments, f
 from spkfast.ops._tdnn_training import conv_relu
 from spkfast.ops.attentive_stats_pool import Moments, check_frames, check_lengths
 from spkfast.ops.tdnn_layer import pack_tdnn_layer, run_packed_layer
-from spkfast.reference import TdnnParams
+from spkfast.reference import Precision, TdnnParams
 from spkfast.reference.tdnn_layer import HALF
 
 
@@ -232,7 +233,7 @@ class AttentiveStatsPool(Pooling):
     def pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         tensors = self.weights_for_kernels(x)
         if tensors is not None:
-            return self._pool_by_kernels(x, lengths, tensors)
+            return self._pool_by_kernels(x, lengths, self._packed(tensors, self.products_at(x)))
         if self.precision != "fp32":
             x = x.to(self.fc1.weight.dtype)
         if self.bn is None or not self.training:
@@ -268,8 +269,12 @@ class AttentiveStatsPool(Pooling):
             moments = weighted_moments_from_hidden(x, hidden, weight, bias, lengths)
         return _mean_and_std(moments, self.form.deviation if self.with_std else None)
 
-    def _pool_by_kernels(self, x: Tensor, lengths: Tensor | None, tensors: list[Tensor]) -> Tensor:
-        precision = self.products_at(x)
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        """The pooling on its kernels, which apply, at the precision that was set: of frames all of which are real."""
+        attention = self._packed(self.tensors_inside(), self.precision)
+        return lambda x: self._pool_by_kernels(x, None, attention)
+
+    def _packed(self, tensors: list[Tensor], precision: Precision) -> PackedAttention:
         # The attention is small and its weights span a wide range: bytes are too coarse.
         precision = "bf16" if precision == "int8" else precision
         kind = HALF.get(precision, torch.float32)
@@ -286,8 +291,10 @@ class AttentiveStatsPool(Pooling):
             weight, bias = self.fc2.weight[..., 0].detach().to(kind), self.fc2.bias.detach().to(kind)
             return PackedAttention(hidden, context, weight.contiguous(), bias)
 
-        attention = self.kept.of(tensors, precision, pack)
-        x, form = x.to(kind), self.form
+        return self.kept.of(tensors, precision, pack)
+
+    def _pool_by_kernels(self, x: Tensor, lengths: Tensor | None, attention: PackedAttention) -> Tensor:
+        x, form = x.to(attention.weight.dtype), self.form
         if x.device.type == "cpu" and fits(x, attention):
             low, high = form.context.limits(torch.float32)
             moments = Moments(

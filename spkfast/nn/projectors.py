@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spkfast.errors import InputError, check_name, check_options
+from spkfast.nn.inference import KernelModule, affine_of, has_inference_form
 
 __all__ = ["IdentityProjector", "LinearProjector", "XvectorProjector", "create", "list"]
 
 
-class LinearProjector(nn.Module):
+class LinearProjector(KernelModule):
     """Batch norm, a linear layer, and batch norm again where asked for.
 
     Args:
@@ -35,6 +37,22 @@ class LinearProjector(nn.Module):
         """(B, input_size) to (B, E)."""
         embedding = self.fc(self.bn(pooled))
         return embedding if self.bn2 is None else self.bn2(embedding)
+
+    def misfit(self) -> str | None:
+        """Why it is no linear map in evaluation mode."""
+        known = has_inference_form(self.bn) and has_inference_form(self.bn2)
+        return None if known else "batch norm without running statistics"
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        """The linear map that it is in evaluation mode, as batch norm is an affine one."""
+        weight = self.fc.weight.double()
+        bias = weight.new_zeros(len(weight)) if self.fc.bias is None else self.fc.bias.double()
+        scale, shift = affine_of(self.bn)
+        bias, weight = bias + weight @ shift, weight * scale
+        if self.bn2 is not None:
+            scale, shift = affine_of(self.bn2)
+            weight, bias = weight * scale[:, None], bias * scale + shift
+        return functools.partial(F.linear, weight=weight.detach().float(), bias=bias.detach().float())
 
 
 class XvectorProjector(nn.Module):

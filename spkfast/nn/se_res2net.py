@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from spkfast.nn.inference import InferenceLayer, has_inference_form, inference_p
 from spkfast.nn.training import Kernels, activate, normalise
 from spkfast.ops._packing import PackedLayer
 from spkfast.ops._tdnn_training import channel_affine
-from spkfast.ops.se_res2net_block import BlockForm, PackedBlock, pack_block, run_packed_block
+from spkfast.ops.se_res2net_block import BlockForm, pack_block, run_packed_block
 from spkfast.ops.tdnn_layer import pack_tdnn_layer, run_packed_layer
-from spkfast.reference import SERes2NetParams
+from spkfast.reference import Precision, SERes2NetParams
 
 PaddingMode = Literal["zeros", "reflect"]
 Identity = Literal["first", "last"]
@@ -113,21 +114,8 @@ class TdnnLayer(InferenceLayer):
                 raise _wrong_dimensions(part)
         tensors = self.weights_for_kernels(*inputs)
         if tensors is not None:
-            precision, parts = self.products_at(inputs[0]), [part.shape[1] for part in inputs]
-
-            def pack() -> PackedLayer:
-                params, input_range = inference_params(self.conv, self.bn), self.input_ranges.get("in")
-                _check_channels(sum(parts), params.weight)
-                return pack_tdnn_layer(params, parts, precision=precision, input_range=input_range)
-
-            packed = self.kept.of(tensors, (precision, parts, self.input_ranges.get("in")), pack)
-            return run_packed_layer(
-                inputs,
-                packed,
-                None if frames is None else frames.lengths,
-                dilation=self.conv.dilation[0],
-                reflect=self.reflect,
-            )
+            packed = self._packed(tensors, self.products_at(inputs[0]), [part.shape[1] for part in inputs])
+            return self._run(inputs, packed, None if frames is None else frames.lengths)
         kernels = self.kernels_for_training(*inputs) if frames is None else None
         if kernels is not None and self.has_kernels():
             return self.train_on(inputs, kernels)[0]
@@ -140,6 +128,22 @@ class TdnnLayer(InferenceLayer):
             x = x * frames.mask
         x = F.relu(self.conv(x))
         return x if self.bn is None else self.bn(x)
+
+    def bound(self, parts: list[int]) -> Callable[[Sequence[Tensor]], Tensor]:
+        """The layer on its kernels, which apply, at the precision that was set: of inputs of so many channels, all of
+        whose frames are real."""
+        return functools.partial(self._run, packed=self._packed(self.tensors_inside(), self.precision, parts))
+
+    def _packed(self, tensors: list[Tensor], precision: Precision, parts: list[int]) -> PackedLayer:
+        def pack() -> PackedLayer:
+            params, input_range = inference_params(self.conv, self.bn), self.input_ranges.get("in")
+            _check_channels(sum(parts), params.weight)
+            return pack_tdnn_layer(params, parts, precision=precision, input_range=input_range)
+
+        return self.kept.of(tensors, (precision, parts, self.input_ranges.get("in")), pack)
+
+    def _run(self, inputs: Sequence[Tensor], packed: PackedLayer, lengths: Tensor | None = None) -> Tensor:
+        return run_packed_layer(inputs, packed, lengths, dilation=self.conv.dilation[0], reflect=self.reflect)
 
     def has_kernels(self) -> bool:
         """Whether kernels compute what the convolution does, which may have been changed or replaced."""
@@ -301,36 +305,11 @@ class SERes2NetBlock(InferenceLayer):
         """
         if x.ndim != 3:
             raise _wrong_dimensions(x)
-        convolutions = [*self.res]
-        first = convolutions[0] if convolutions else self.in_
-        layers = [self.in_, *convolutions, self.out]
         tensors = self.weights_for_kernels(x)
         if tensors is not None:
-            precision, channels = self.products_at(x), x.shape[1]
-
-            def pack() -> PackedBlock:
-                params = SERes2NetParams(
-                    inference_params(self.in_.conv, self.in_.bn),
-                    [inference_params(layer.conv, layer.bn) for layer in convolutions],
-                    inference_params(self.out.conv, self.out.bn),
-                    inference_params(self.se.fc1, self.se.bn),
-                    inference_params(self.se.fc2),
-                    None if self.shortcut is None else inference_params(self.shortcut),
-                )
-                _check_channels(channels, params.in_.weight)
-                return pack_block(params, precision, self.input_ranges)
-
-            packed = self.kept.of(tensors, (precision, channels, tuple(self.input_ranges.items())), pack)
-            return run_packed_block(
-                x,
-                packed,
-                None if padding is None else padding.lengths,
-                None if frames is None else frames.lengths,
-                BlockForm("first" if self.res.first_passes else "last", "reflect" if first.reflect else "zeros"),
-                len(convolutions),
-                first.conv.kernel_size[0],
-                first.conv.dilation[0],
-            )
+            call = self._packed(tensors, self.products_at(x), x.shape[1])
+            return call(x, None if padding is None else padding.lengths, None if frames is None else frames.lengths)
+        layers = [self.in_, *self.res, self.out]
         kernels = self.kernels_for_training(x) if frames is None and padding is None else None
         if kernels is not None and all(layer.bn is not None and layer.has_kernels() for layer in layers):
             return self.train_on(x, kernels)
@@ -338,6 +317,42 @@ class SERes2NetBlock(InferenceLayer):
             x = x.to(self.in_.conv.weight.dtype)
         y = self.out(self.res(self.in_(x), padding))
         return self.se(y, frames) + (x if self.shortcut is None else self.shortcut(x))
+
+    def bound(self, channels: int) -> Callable[[Tensor], Tensor]:
+        """The block on its kernels, which apply, at the precision that was set: of inputs of so many channels, all of
+        whose frames are real."""
+        return functools.partial(
+            self._packed(self.tensors_inside(), self.precision, channels), padded=None, excited=None
+        )
+
+    def _packed(self, tensors: list[Tensor], precision: Precision, channels: int) -> Callable[..., Tensor]:
+        """The op with all but its tensors, whose packing lasts as long as everything else that it depends on."""
+        return self.kept.of(
+            tensors,
+            (precision, channels, tuple(self.input_ranges.items())),
+            lambda: self._pack(precision, channels),
+        )
+
+    def _pack(self, precision: Precision, channels: int) -> Callable[..., Tensor]:
+        convolutions = cast("list[TdnnLayer]", [*self.res])
+        first = convolutions[0] if convolutions else self.in_
+        params = SERes2NetParams(
+            inference_params(self.in_.conv, self.in_.bn),
+            [inference_params(layer.conv, layer.bn) for layer in convolutions],
+            inference_params(self.out.conv, self.out.bn),
+            inference_params(self.se.fc1, self.se.bn),
+            inference_params(self.se.fc2),
+            None if self.shortcut is None else inference_params(self.shortcut),
+        )
+        _check_channels(channels, params.in_.weight)
+        return functools.partial(
+            _run_block,
+            packed=pack_block(params, precision, self.input_ranges),
+            form=BlockForm("first" if self.res.first_passes else "last", "reflect" if first.reflect else "zeros"),
+            convolutions=len(convolutions),
+            taps=first.conv.kernel_size[0],
+            dilation=first.conv.dilation[0],
+        )
 
     def train_on(self, x: Tensor, kernels: Kernels) -> Tensor:
         """The block of rows all of whose frames are real, in as few passes over them as batch norm allows."""
@@ -361,6 +376,10 @@ class SERes2NetBlock(InferenceLayer):
             out.y, scale, shift, rest if same else None, plain=not same, backend=kernels.backend
         )
         return total if same else gated + rest  # in the wider type, as of the modules under autocast
+
+
+def _run_block(x: Tensor, padded: Tensor | None, excited: Tensor | None, **options: Any) -> Tensor:
+    return run_packed_block(x, padded=padded, excited=excited, **options)
 
 
 def _keeps_frames(conv: nn.Conv1d, padding: int = 0, reflect: bool = False) -> bool:

@@ -146,10 +146,11 @@ def check_lengths(lengths: Tensor | None, x: Tensor) -> bool:
     asked = lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not backends.is_transformed()
     if not asked or not lengths.numel():
         return False
-    low, high = (int(bound) for bound in lengths.aminmax())
+    counts = lengths.tolist()  # for one utterance in a part of the time that tensors of one number take
+    low, high = min(counts), max(counts)
     if low < 0 or high > x.shape[2]:
-        row = int(((lengths < 0) | (lengths > x.shape[2])).nonzero()[0])
-        raise InputError(f"lengths must lie in 0..{x.shape[2]}, row {row} has {int(lengths[row])}")
+        row = next(row for row, count in enumerate(counts) if not 0 <= count <= x.shape[2])
+        raise InputError(f"lengths must lie in 0..{x.shape[2]}, row {row} has {counts[row]}")
     return low == x.shape[2] and not torch.jit.is_tracing()
 
 

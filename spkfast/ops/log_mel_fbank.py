@@ -124,10 +124,10 @@ def check_arguments(waveforms: Tensor, lengths: Tensor | None, seeds: Tensor | N
 
 def _check_values(waveforms: Tensor, lengths: Tensor, *, samples_too: bool) -> None:
     samples = waveforms.shape[1]
-    outside = (lengths < 0) | (lengths > samples)
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise InputError(f"lengths must lie in 0..{samples}, row {row} has {int(lengths[row])}")
+    counts = lengths.tolist()
+    row = next((row for row, count in enumerate(counts) if not 0 <= count <= samples), None)
+    if row is not None:
+        raise InputError(f"lengths must lie in 0..{samples}, row {row} has {counts[row]}")
     # One pass over the samples decides nearly always: a sum is finite only where every term is.
     if not samples_too or not waveforms.is_floating_point() or waveforms.sum(dim=1).isfinite().all():
         return

@@ -21,7 +21,7 @@ from spkfast import models
 from spkfast.errors import InputError
 from spkfast.models.ecapa_tdnn import DIALECTS
 from spkfast.nn import SERes2NetBlock, calibrate, input_ranges, poolings, set_input_ranges, set_precision
-from spkfast.nn.inference import inference_layers
+from spkfast.nn.inference import Kept, inference_layers
 from tests.models.test_ecapa_tdnn import randomized
 
 _DIALECTS = [name for name in DIALECTS if name != "3dspeaker"]  # speechbrain by another name
@@ -669,6 +669,18 @@ def test_two_threads_at_once() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
+
+
+def test_what_was_made_during_a_change_is_not_kept() -> None:
+    kept, tensors, made = Kept[int](), [torch.ones(1)], []
+
+    def make() -> int:
+        made.append(None)
+        if len(made) == 1:  # as another thread does that sees a change
+            kept.forget()
+        return len(made)
+
+    assert [kept.of(tensors, None, make) for _ in range(3)] == [1, 2, 2]
 
 
 def test_weights_on_another_device_are_refused() -> None:

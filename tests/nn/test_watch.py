@@ -67,6 +67,11 @@ def test_watched_modules() -> None:
     module.train()
     assert watched() == (True, False)
     module.eval()
+    assert watched() == (False, False)
+    module.compile(backend="eager")
+    assert watched() == (True, True)
+    module._compiled_call_impl = None
+    assert watched() == (False, False)
     module.forward = lambda x: x  # type: ignore[method-assign]
     assert watched() == (True, True)
 

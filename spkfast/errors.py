@@ -29,3 +29,10 @@ def check_options(kind: str, name: str, options: Iterable[str], known: list[str]
     for key in options:
         if key not in known:
             raise InputError(f"unknown option {key!r} of {kind} {name}{nearest(key, known)}")
+
+
+def check_counts(name: str, counts: list[int], most: int) -> None:
+    """Refuses counts, one for each row, outside 0..most."""
+    for row, count in enumerate(counts):
+        if not 0 <= count <= most:
+            raise InputError(f"{name} must lie in 0..{most}, row {row} has {count}")

@@ -427,9 +427,7 @@ class SpeakerEncoder:
         Raises:
             InputError: As :meth:`load_audio`; or if the embedding is not finite.
         """
-        (row,) = self._embed([self.load_audio(audio, sample_rate)], backend, _BATCH_SECONDS)
-        if isinstance(row, str):
-            raise InputError(f"{_names([audio])[0]}: {row}")
+        (row,) = self._rows([audio], sample_rate, backend, _BATCH_SECONDS)
         # A new tensor in either case, since those of inference mode know no gradient.
         return nn.functional.normalize(row, dim=0) if normalize else row.clone()
 
@@ -456,15 +454,21 @@ class SpeakerEncoder:
         Raises:
             InputError: As :meth:`load_audio`; or if an embedding is not finite.
         """
-        waveforms = self._load_all(audios, sample_rate)
-        rows = self._embed(waveforms, backend, batch_seconds)
+        rows = self._rows(audios, sample_rate, backend, batch_seconds)
+        if not rows:
+            return torch.empty(0, getattr(self.model, "embedding_dim", 0))
+        out = torch.stack(rows)
+        return nn.functional.normalize(out, dim=1) if normalize else out
+
+    def _rows(
+        self, audios: Sequence[Any], sample_rate: int | None, backend: Backend, batch_seconds: float
+    ) -> list[Tensor]:
+        """Embedding of each utterance, made in inference mode; a complaint about one is an error."""
+        rows = self._embed(self._load_all(audios, sample_rate), backend, batch_seconds)
         for name, row in zip(_names(audios), rows, strict=True):
             if isinstance(row, str):
                 raise InputError(f"{name}: {row}")
-        if not rows:
-            return torch.empty(0, getattr(self.model, "embedding_dim", 0))
-        out = torch.stack([row for row in rows if isinstance(row, Tensor)])
-        return nn.functional.normalize(out, dim=1) if normalize else out
+        return cast("list[Tensor]", rows)
 
     def embed_files(
         self,

@@ -142,10 +142,11 @@ class EcapaEncoder(nn.Module):
 
     def bound(self) -> Callable[[Tensor], Tensor]:
         """Features to frames on the kernels, which apply, of rows all of whose frames are real."""
+        blocks = self._blocks()
         stem = self.stem.bound([self.feature_dim])
-        mfa = self.mfa.bound([block.out.conv.out_channels for block in self._blocks()])
-        blocks = [block.bound(block.in_.conv.in_channels) for block in self._blocks()]
-        return lambda features: mfa(self._outputs_of(blocks, stem([features.transpose(1, 2)])))
+        calls = [block.bound(block.in_.conv.in_channels) for block in blocks]
+        mfa = self.mfa.bound([block.out.conv.out_channels for block in blocks])
+        return lambda features: mfa(self._outputs_of(calls, stem([features.transpose(1, 2)])))
 
     def _blocks(self) -> list[SERes2NetBlock]:
         return [cast(SERes2NetBlock, self.get_submodule(f"blk{i}")) for i in range(1, self.num_blocks + 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -308,7 +308,11 @@ class SERes2NetBlock(InferenceLayer):
         tensors = self.weights_for_kernels(x)
         if tensors is not None:
             call = self._packed(tensors, self.products_at(x), x.shape[1])
-            return call(x, None if padding is None else padding.lengths, None if frames is None else frames.lengths)
+            return call(
+                x,
+                padded=None if padding is None else padding.lengths,
+                excited=None if frames is None else frames.lengths,
+            )
         layers = [self.in_, *self.res, self.out]
         kernels = self.kernels_for_training(x) if frames is None and padding is None else None
         if kernels is not None and all(layer.bn is not None and layer.has_kernels() for layer in layers):
@@ -346,7 +350,7 @@ class SERes2NetBlock(InferenceLayer):
         )
         _check_channels(channels, params.in_.weight)
         return functools.partial(
-            _run_block,
+            run_packed_block,
             packed=pack_block(params, precision, self.input_ranges),
             form=BlockForm("first" if self.res.first_passes else "last", "reflect" if first.reflect else "zeros"),
             convolutions=len(convolutions),
@@ -376,10 +380,6 @@ class SERes2NetBlock(InferenceLayer):
             out.y, scale, shift, rest if same else None, plain=not same, backend=kernels.backend
         )
         return total if same else gated + rest  # in the wider type, as of the modules under autocast
-
-
-def _run_block(x: Tensor, padded: Tensor | None, excited: Tensor | None, **options: Any) -> Tensor:
-    return run_packed_block(x, padded=padded, excited=excited, **options)
 
 
 def _keeps_frames(conv: nn.Conv1d, padding: int = 0, reflect: bool = False) -> bool:

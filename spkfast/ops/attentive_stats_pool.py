@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spkfast import backends, reference
 from spkfast.backends import Backend
-from spkfast.errors import InputError
+from spkfast.errors import InputError, check_counts
 from spkfast.ops._registration import register_with_backward
 
 
@@ -147,11 +147,8 @@ def check_lengths(lengths: Tensor | None, x: Tensor) -> bool:
     if not asked or not lengths.numel():
         return False
     counts = lengths.tolist()  # for one utterance in a part of the time that tensors of one number take
-    low, high = min(counts), max(counts)
-    if low < 0 or high > x.shape[2]:
-        row = next(row for row, count in enumerate(counts) if not 0 <= count <= x.shape[2])
-        raise InputError(f"lengths must lie in 0..{x.shape[2]}, row {row} has {counts[row]}")
-    return low == x.shape[2] and not torch.jit.is_tracing()
+    check_counts("lengths", counts, x.shape[2])
+    return min(counts) == x.shape[2] and not torch.jit.is_tracing()
 
 
 def limits(x: Tensor) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from spkfast import reference
 from spkfast.backends import Backend
-from spkfast.errors import InputError
+from spkfast.errors import InputError, check_counts
 from spkfast.ops._augmentation import check_values, check_waveforms, resolve
 from spkfast.ops._registration import full_precision, register_without_gradient
 from spkfast.reference.change_speed import filters, ratio
@@ -79,10 +79,7 @@ def change_speed(
 
 def _check_places(which: Tensor, lengths: Tensor, speeds: int, longest: int) -> None:
     for name, value, most in (("which", which, speeds - 1), ("lengths", lengths, longest)):
-        outside = (value < 0) | (value > most)
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            raise InputError(f"{name} must lie in 0..{most}, row {row} has {int(value[row])}")
+        check_counts(name, value.tolist(), most)
 
 
 @torch.compiler.assume_constant_result  # not to be traced, nor computed at every call of a compiled graph

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from spkfast import backends, frontend_tables, reference
 from spkfast.backends import Backend
-from spkfast.errors import InputError
+from spkfast.errors import InputError, check_counts
 from spkfast.frontend_tables import Settings
 from spkfast.frontends import FrontendSpec, require_spec
 from spkfast.ops._registration import gradient_of, register_op
@@ -124,10 +124,7 @@ def check_arguments(waveforms: Tensor, lengths: Tensor | None, seeds: Tensor | N
 
 def _check_values(waveforms: Tensor, lengths: Tensor, *, samples_too: bool) -> None:
     samples = waveforms.shape[1]
-    counts = lengths.tolist()
-    row = next((row for row, count in enumerate(counts) if not 0 <= count <= samples), None)
-    if row is not None:
-        raise InputError(f"lengths must lie in 0..{samples}, row {row} has {counts[row]}")
+    check_counts("lengths", lengths.tolist(), samples)
     # One pass over the samples decides nearly always: a sum is finite only where every term is.
     if not samples_too or not waveforms.is_floating_point() or waveforms.sum(dim=1).isfinite().all():
         return

@@ -140,8 +140,8 @@ def change_dilation(conv: Any, dilation: int) -> None:
 
 
 def replace(name: str) -> Callable[[nn.Module], None]:
-    other = randomized("wespeaker", seed=7)
-    return lambda model: model.set_submodule(name, other.get_submodule(name))
+    # Another one at each call: what was packed for a network would be kept for the next one.
+    return lambda model: model.set_submodule(name, randomized("wespeaker", seed=7).get_submodule(name))
 
 
 def to_and_back(model: nn.Module) -> None:

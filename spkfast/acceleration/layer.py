@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from spkfast.acceleration.network import Network
 from spkfast.nn import poolings
+from spkfast.nn._watch import HOOKS
 from spkfast.nn.inference import NORMS, InferenceLayer, autocast_type, inference_params
 from spkfast.nn.se_res2net import SERes2NetBlock, TdnnLayer, real_frames
 from spkfast.ops.tdnn_layer import pack_tdnn_layer, run_packed_layer
@@ -23,7 +24,6 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d)
 _SETTINGS = ("precision", "input_ranges")
 # What a convolution computes by beside its tensors, and look() tells.
 _NUMBERS = ("dilation", "groups", "padding", "padding_mode", "stride")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TITLES = {
     "conv": "convolution",
     "block": "SE-Res2Net block",
@@ -279,7 +279,7 @@ class _View:
         parts = [part for part in module.modules() if part is not module]
         self._classes = [(part, type(part)) for part in parts]
         # Each must be empty: what hangs on a part, or was put in its place, counts on its code being run.
-        self._empty = [getattr(part, name) for part in parts for name in _HOOKS]
+        self._empty = [getattr(part, name) for part in parts for name in HOOKS]
         self._attributes = [part.__dict__ for part in parts]
         self._norms = [part for part in parts if isinstance(part, NORMS)]
         self._dropouts = [part for part in parts if isinstance(part, DROPOUTS)]

@@ -18,7 +18,8 @@ try:
 except InputError:  # as where only Triton's kernels run
     _compiled = None
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Where a module keeps its hooks.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_changed(
@@ -48,7 +49,7 @@ def is_watched(modules: list[dict[str, Any]], evaluating: bool) -> bool:
     if _compiled is not None:
         return _compiled.is_watched(modules, evaluating)
     return any(
-        any(of_module.get(hooks) for hooks in _HOOKS)
+        any(of_module.get(hooks) for hooks in HOOKS)
         or (evaluating and of_module.get("training"))
         or "forward" in of_module
         or of_module.get("_compiled_call_impl") is not None

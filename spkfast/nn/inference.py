@@ -44,7 +44,6 @@ _FORWARDS = frozenset(
         nn.ModuleList.forward,
     )
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Share of the values of a batch that a range holds.
 COVERAGE = 0.99999
 NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, SyncBatchNorm)
@@ -231,7 +230,7 @@ class InferenceLayer(KernelModule):
             or (
                 _is_known(type(part))
                 and "forward" not in part.__dict__
-                and not any(getattr(part, hooks) for hooks in _HOOKS)
+                and not any(getattr(part, hooks) for hooks in _watch.HOOKS)
             )
             for part in self.modules()
         )

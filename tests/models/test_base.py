@@ -70,9 +70,8 @@ def test_equals_the_modules(dialect: str, precision: Any, calls: Counted) -> Non
     for frames in (40, 1, 7):
         features = batch(frames=frames)
         got, answered = calls.call(model, features)
-        assert (
-            answered and error(got, modules(model, features)) < 1e-6
-        )  # the layers are the same, the projection is not
+        # The layers are the same, the projection is not.
+        assert answered and error(got, modules(model, features)) < 1e-6
         again, answered = calls.call(model, features, torch.full((2,), frames))
         assert answered and torch.equal(again, got)
 
